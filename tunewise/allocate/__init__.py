@@ -1,0 +1,1 @@
+"""Allocators: which sizes and sites are decided anew, and when."""

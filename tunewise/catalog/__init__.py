@@ -1,0 +1,1 @@
+"""The catalog: one short module per method, found by its file name."""

@@ -1,0 +1,1 @@
+"""The commands of `tunewise`, one module per group; heavy imports happen inside the functions."""

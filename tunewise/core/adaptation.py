@@ -1,0 +1,321 @@
+"""An adaptation is all deltas of one recipe on one backbone; its handle attaches, switches, saves and removes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Delta, SiteDelta, TapBuffer, forms
+from .errors import UserError
+from .forward import is_quantized
+from .plans import rebuild
+from .recipe import Recipe
+from .select import select
+from .site import Site, find_sites
+from .widths import with_widths
+
+__all__ = ["Adaptation", "Existing", "Info", "handles", "root_site"]
+
+PREFIX = "tw_"
+TAPPED = ("block", "embedding", "norm", "linear")
+
+
+@dataclass(frozen=True)
+class Info:
+    """One trainable tensor of an adaptation and what it is."""
+
+    tensor: nn.Parameter
+    tag: str
+    axis: int | None
+    owner: str
+    site: str
+    part: Delta
+
+
+@dataclass
+class Existing:
+    """A parameter of the backbone that this adaptation trains: the places that hold it, the original, ours."""
+
+    places: list[tuple[nn.Module, str]]
+    original: nn.Parameter
+    ours: nn.Parameter
+    tag: str
+    owner: str
+    part: Delta
+
+
+def root_site(model: nn.Module) -> Site:
+    """The whole model as a site, for prompts and heads."""
+    return Site(name="", kind="model", role="model", module=model)
+
+
+def handles(model: nn.Module) -> dict[str, Any]:
+    """The adaptations attached to this model, by name."""
+    return model.__dict__.setdefault("tw_adaptations", {})  # type: ignore[no-any-return]
+
+
+def _refuse_wrapped(model: nn.Module, sites: Sequence[Site]) -> None:
+    wrapper = type(model).__name__
+    if wrapper in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise UserError(f"The model is wrapped in {wrapper}: attach to the plain model first, then wrap it.")
+    for site in sites:
+        for name, p in site.module.named_parameters(recurse=False):
+            if type(p.data).__name__ == "DTensor" or type(p).__name__ == "DTensor":
+                raise UserError(f"{site.name}.{name} is already sharded: attach first, then shard.")
+
+
+class Adaptation:
+    """The deltas of one recipe on one model: tensors, switching, and the way back.
+
+    Created by `tw.attach`. `sites` holds every (key, site, SiteDelta); `existing` the trained base parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, name: str, dtype: torch.dtype, plain: bool, undo: bool
+    ) -> None:
+        if name in handles(model):
+            raise UserError(
+                f'The model already has an adaptation called "{name}"; give another name or detach it.'
+            )
+        if not name.isidentifier():
+            raise UserError(f'"{name}" cannot name an adaptation: letters, digits and _ only.')
+        self.model, self.recipe, self.name, self.dtype = model, recipe, name, dtype
+        self.plain, self.undo, self.active = plain, undo, False
+        self.sites: list[tuple[str, Site, SiteDelta]] = []
+        self.existing: dict[str, Existing] = {}
+        self.owned: dict[str, SiteDelta] = {}
+        self.committed: dict[str, tuple[Tensor, Tensor]] = {}
+        self.merged: dict[str, Tensor] | None = None
+        self._training: dict[str, bool] = {}
+        self.attention: str | None = None
+
+    @property
+    def deltas(self) -> list[tuple[str, Delta]]:
+        """(key, part) of every delta and head, in recipe order; keys name the saved tensors."""
+        found: list[tuple[str, Delta]] = []
+        for part in [*self.recipe["delta"], *self.recipe["head"]]:
+            assert isinstance(part, Delta)
+            key = "".join("_" + c.lower() if c.isupper() and i and not type(part).__name__[i - 1].isupper() else c.lower()
+                          for i, c in enumerate(type(part).__name__))  # fmt: skip
+            taken = [k for k, _ in found if k == key or k.rstrip("0123456789") == key + "_"]
+            found.append((key if not taken else f"{key}_{len(taken) + 1}", part))
+        return found
+
+    def build(self, start: bool = True) -> None:
+        """Creates the tensors at their sites, freezes the backbone, switches this adaptation on; `start` runs `attached`."""
+        everything = find_sites(self.model)
+        _refuse_wrapped(self.model, everything)
+        siblings = [h for h in handles(self.model).values() if h.active]
+        self._training = {n: p.requires_grad for n, p in self.model.named_parameters() if PREFIX not in n}
+        for other in siblings:
+            other.deactivate()
+        for key, part in self.deltas:
+            self._build_part(key, part, everything)
+        handles(self.model)[self.name] = self
+        self._freeze()
+        self.activate()
+        for _, part in self.deltas if start else ():
+            part.attached(self)
+
+    def _build_part(self, key: str, part: Delta, everything: list[Site]) -> None:
+        if "model" in part.kinds:
+            chosen = [root_site(self.model)]
+        else:
+            chosen = with_widths(
+                select(everything, getattr(part, "sites", "all"), kinds=part.kinds), everything
+            )
+        if set(forms(part)) & {"weight", "product", "output", "input"}:
+            self._check_quantized(part, chosen)
+        shared = part.shared(chosen)
+        owner = SiteDelta(part, root_site(self.model), shared, self.dtype) if shared else None
+        if owner is not None:
+            self.model.add_module(f"{PREFIX}{self.name}_{key}_shared", owner.train(self.model.training))
+            self.owned[key] = owner
+        taps = with_widths(select(everything, part.taps, kinds=TAPPED), everything) if part.taps else []
+        if taps and len(chosen) != 1:
+            raise UserError(
+                f"{type(part).__name__} writes one site; sites={part.sites!r} selects {len(chosen)}."
+            )  # type: ignore[attr-defined]
+        for site in chosen if forms(part) or part.slot == "head" else ():
+            tensors = part.side_tensors(site, taps) if taps else part.tensors(site)
+            t = SiteDelta(part, site, tensors, self.dtype)
+            t._shared = () if owner is None else (owner,)
+            t.buffer = TapBuffer([s.name for s in taps]) if taps else None
+            t.taps = [s.module for s in taps]
+            place = site.exit if site.exit is not None else site.module
+            suffix = f"_{site.parameter}" if site.parameter else ""
+            t.train(place.training)
+            place.add_module(f"{PREFIX}{self.name}_{key}{suffix}", t)
+            self.sites.append((key, site, t))
+        self._claim(key, part)
+
+    def _check_quantized(self, part: Delta, chosen: list[Site]) -> None:
+        bad = next((s for s in chosen if s.kind == "linear" and is_quantized(s.module)), None)
+        if bad is not None and "quantized" not in part.gives:
+            raise UserError(
+                f"{type(part).__name__} cannot be used on the quantized layer {bad.name}; "
+                "load the base model unquantized, or use lora."
+            )
+
+    def _claim(self, key: str, part: Delta) -> None:
+        names = part.existing(self.model)
+        params = {
+            n: p
+            for n, p in self.model.named_parameters(remove_duplicate=False)
+            if f".{PREFIX}" not in f".{n}"
+        }
+        for name, tag in names.items():
+            original = params[name]
+            if not original.is_floating_point():
+                raise UserError(
+                    f"{type(part).__name__} cannot train {name}: its values are {original.dtype} codes."
+                )
+            if any(e.original is original for e in self.existing.values()):
+                continue
+            where = [n for n, p in params.items() if p is original]
+            places = [(self.model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in where]
+            ours = nn.Parameter(original.detach().clone()) if self.undo else original
+            self.existing[name] = Existing(places, original, ours, tag, key, part)
+
+    def _freeze(self) -> None:
+        for name, p in self.model.named_parameters():
+            if f".{PREFIX}" not in f".{name}":
+                p.requires_grad_(False)
+        for e in self.existing.values():
+            e.ours.requires_grad_(True)
+
+    def activate(self, *, only: bool = True) -> None:
+        """Switches this adaptation on; with `only`, the others off."""
+        if self.merged is not None:
+            raise UserError(f'The adaptation "{self.name}" is merged into the model; unmerge it first.')
+        for other in handles(self.model).values():
+            if other is not self and other.active and only:
+                other.deactivate()
+        if not self.active:
+            self._swap(on=True)
+        self.active = True
+        rebuild(self.model)
+
+    def deactivate(self) -> None:
+        """Switches this adaptation off: the model computes what it did before."""
+        if self.active:
+            self._swap(on=False)
+        self.active = False
+        rebuild(self.model)
+
+    def _swap(self, on: bool) -> None:
+        for name, e in self.existing.items():
+            new = e.ours if on else e.original
+            if on and self.undo and any(getattr(m, n) is not e.original for m, n in e.places):
+                raise UserError(
+                    f"{name} is already trained by another active adaptation; switch that off first."
+                )
+            for module, parameter in e.places:
+                module._parameters[parameter] = new
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model, for the time of a `with` block."""
+        was = self.active
+        if not self.undo and self.existing:
+            raise UserError(
+                "The base weights were trained in place without a copy; attach with undo=True to switch off."
+            )
+        self.deactivate()
+        try:
+            yield
+        finally:
+            if was:
+                self.activate(only=False)
+
+    def tensors(self) -> dict[str, Info]:
+        """Every trainable tensor by its saved name, in a fixed order; `info.tensor` is the live parameter."""
+        found: dict[str, Info] = {}
+        for key, owner in self.owned.items():
+            self._add(found, f"shared.{key}", key, "", owner)
+        for key, site, t in self.sites:
+            self._add(found, f"{site.name}.{key}" if site.name else key, key, site.name, t)
+        for name, e in self.existing.items():
+            found[name] = Info(e.ours, e.tag, None, e.owner, name.rpartition(".")[0], e.part)
+        return found
+
+    @staticmethod
+    def _add(found: dict[str, Info], prefix: str, key: str, site: str, t: SiteDelta) -> None:
+        for name, (tag, axis, trainable, _) in t.meta.items():
+            if trainable:
+                found[f"{prefix}.{name}"] = Info(getattr(t, name), tag, axis, key, site, t.part)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Saved tensors that are not trained (indices, frozen projections)."""
+        found = {}
+        pairs = [(f"shared.{k}", t) for k, t in self.owned.items()]
+        pairs += [(f"{s.name}.{k}" if s.name else k, t) for k, s, t in self.sites]
+        for prefix, t in pairs:
+            found |= {
+                f"{prefix}.{n}": getattr(t, n)
+                for n, (_, _, train, saved) in t.meta.items()
+                if saved and not train
+            }
+        return found
+
+    def locate(self, name: str) -> tuple[SiteDelta, str] | Existing:
+        """Where a tensor of `tensors()` lives, so that it can be put anew."""
+        if name in self.existing:
+            return self.existing[name]
+        prefix, _, last = name.rpartition(".")
+        for key, owner in self.owned.items():
+            if prefix == f"shared.{key}":
+                return owner, last
+        for key, site, t in self.sites:
+            if prefix == (f"{site.name}.{key}" if site.name else key):
+                return t, last
+        raise UserError(f'The adaptation "{self.name}" has no tensor {name}.')
+
+    def put(self, name: str, new: nn.Parameter) -> None:
+        """Replaces a trainable tensor, also by one of another shape."""
+        place = self.locate(name)
+        if isinstance(place, Existing):
+            place.ours = new
+            if self.active:
+                for module, parameter in place.places:
+                    module._parameters[parameter] = new
+        else:
+            place[0]._parameters[place[1]] = new
+
+    def commit(self, site: Site, change: Tensor) -> None:
+        """W <- W + change, `[out, in]`: the only way a base tensor is written; `detach` undoes it bit by bit."""
+        name = f"{site.name}.weight"
+        weight = site.module.get_parameter(site.parameter or "weight")
+        if is_quantized(site.module):
+            raise UserError(f"{site.name} is quantized: its weight cannot take a change without loss.")
+        change = change.transpose(-1, -2) if site.transposed else change
+        if name not in self.committed:
+            self.committed[name] = (weight, weight.detach().clone())
+        with torch.no_grad():
+            weight.add_(change.to(weight.dtype))
+
+    def detach(self) -> None:
+        """Takes everything away; the base is bit-equal to what it was. Raises `UserError` where it no longer can be."""
+        if self.existing and not self.undo:
+            raise UserError(
+                "The base weights were trained in place without a copy (undo=False): load the base model again."
+            )
+        if self.merged is not None:
+            raise UserError(f'The adaptation "{self.name}" is merged into the model; unmerge it first.')
+        self.deactivate()
+        with torch.no_grad():
+            for weight, original in self.committed.values():
+                weight.copy_(original)
+        for module in self.model.modules():
+            for child in [n for n in module._modules if n.startswith(f"{PREFIX}{self.name}_")]:
+                del module._modules[child]
+        del handles(self.model)[self.name]
+        rebuild(self.model)
+        for name, p in self.model.named_parameters():
+            if name in self._training and not handles(self.model):
+                p.requires_grad_(self._training[name])

@@ -1,0 +1,116 @@
+"""softmax(q [P_K; K]^T) [P_V; V]: learnt keys and values before an attention's own, for encoders and decoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .delta import SiteDelta
+from .errors import UserError
+from .site import Site
+
+__all__ = ["attending_module", "key_value_shape", "prefix_attention", "set_prefixes"]
+
+NAME = "tw_sdpa"
+
+
+def prefix_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the active prefixes of `module` and its own keys; needs no cache and shifts no position."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    prefixes: tuple[SiteDelta, ...] = module.__dict__.get("tw_prefixes", ())
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    if prefixes and mask is None and query.shape[2] > 1 and causal:
+        # the implied causal mask would count the prefix as positions: write it out
+        square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = square.tril(key.shape[2] - query.shape[2])[None, None]
+    for t in prefixes:
+        if not torch.compiler.is_compiling():
+            t.calls += 1
+        extra = [e.to(key.dtype).expand(key.shape[0], -1, -1, -1) for e in t.part.keys(t)]
+        if mask is not None:
+            mask = F.pad(mask, (extra[0].shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
+        key, value = torch.cat([extra[0], key], 2), torch.cat([extra[1], value], 2)
+    if prefixes:
+        options["is_causal"] = False
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)  # type: ignore[no-any-return]
+
+
+def _holder(site: Site, role: str) -> tuple[nn.Module, nn.Module, str] | None:
+    from .site import find_sites
+
+    for inner in find_sites(site.module):
+        if inner.kind == "linear" and (inner.role == role or role in inner.roles):
+            owner = inner.name.rpartition(".")[0]
+            return site.module.get_submodule(owner), inner.module, inner.role
+    return None
+
+
+def attending_module(site: Site) -> nn.Module:
+    """The module that calls the attention function: the one that owns the projections."""
+    found = _holder(site, "key")
+    if found is None:
+        raise UserError(f"{site.name} has no key projection that is known, so it takes no prefix.")
+    return found[0]
+
+
+def key_value_shape(site: Site) -> tuple[int, int]:
+    """(key/value heads, head size) of an attention site."""
+    owner = attending_module(site)
+    size = getattr(owner, "head_dim", None) or getattr(owner, "attention_head_size", None)
+    config = getattr(owner, "config", None)
+    if size is None and config is not None and hasattr(config, "num_attention_heads"):
+        size = config.hidden_size // config.num_attention_heads
+    if size is None:
+        raise UserError(f"The head size of {site.name} is not known, so it takes no prefix.")
+    found = _holder(site, "key")
+    assert found is not None
+    _, linear, role = found
+    if role == "key":
+        width = int(linear.weight.shape[0])  # type: ignore[union-attr,index]
+    else:
+        inner = next(s for s in _sites(site) if s.module is linear)
+        width = len(inner.roles["key"])
+    return width // int(size), int(size)
+
+
+def _sites(site: Site) -> list[Site]:
+    from .site import find_sites
+
+    return find_sites(site.module)
+
+
+def set_prefixes(model: nn.Module, prefixes: dict[nn.Module, list[SiteDelta]]) -> None:
+    """Registers our attention while prefixes are active and puts the model's own name back afterwards."""
+    for module in model.modules():
+        module.__dict__.pop("tw_prefixes", None)
+    for module, ts in prefixes.items():
+        module.__dict__["tw_prefixes"] = tuple(ts)
+    configs = {
+        id(m.config): m.config
+        for m in model.modules()
+        if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
+    for config in configs.values():
+        current = config._attn_implementation
+        if prefixes and current != NAME:
+            if current not in ("sdpa", "eager", None):
+                raise UserError(f'Prefixes need sdpa attention, not "{current}"; load the model with it.')
+            _register()
+            config.tw_attention, config._attn_implementation = current, NAME
+        elif not prefixes and current == NAME:
+            config._attn_implementation = config.__dict__.pop("tw_attention")
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, prefix_attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,211 @@
+"""A delta is mathematics: equations at a site; everything else is derived from them by the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .part import Part
+from .site import Site
+
+__all__ = ["ORDER", "P", "Delta", "SiteDelta", "TapBuffer", "forms", "keeps_in_out"]
+
+ORDER = ("mask", "multiply", "add", "prune", "quantize")
+FORMS = ("input", "weight", "output", "product", "around", "read", "keys", "existing")
+
+
+@dataclass(frozen=True)
+class P:
+    """One tensor of a delta: start value, tag, and the axis that is its unit of size (rank, head, ...)."""
+
+    value: Tensor
+    tag: str = "weight"
+    axis: int | None = None
+    trainable: bool = True
+    saved: bool = True
+
+
+class Delta(Part):
+    """A trainable change of the forward pass, given by any of these equations (t holds the site's tensors):
+
+    - `weight(t, W)`: W -> W', both `[out, in]` (`[experts, out, in]` for 3-D experts); mergeable.
+    - `input(t, x)`: x -> x' before the site; `output(t, x, y)`: y -> y' after it, `[..., out]`;
+      mergeable when `linear = True` (affine in x; the conformance suite checks it).
+      Next to `weight`, an `output` is its cheap twin: the core uses whichever fits.
+    - `product(t, x, W, b)`: a fused twin of `weight` that replaces the whole product; used when the delta is
+      alone at its site and no part asks for the plain form.
+    - `read(t, taps, y)`: a side network; `taps` are detached outputs of the sites in `taps`, y the output of
+      the site it writes. `keys(t)`: (K, V), each `[kv heads, length, head size]`, put before an attention's own.
+    - `around(t, call, args, kwargs)`: the whole call, for prompts; runs at the root when `kinds = ("model",)`.
+    - `existing(model)`: names of the backbone's own parameters that are trained.
+
+    `identity` says that the start changes nothing; `order` where a `weight` stands among several (mask, multiply, add,
+    prune, quantize); `unit` what the axis of a tensor counts.
+    """
+
+    slot: ClassVar[str] = "delta"
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    linear: ClassVar[bool] = False
+    identity: ClassVar[bool] = True
+    order: ClassVar[str] = "add"
+    unit: ClassVar[str] = "rank"
+    taps: ClassVar[str | None] = None
+
+    def tensors(self, site: Site) -> dict[str, P]:
+        """The tensors owned at one site."""
+        return {}
+
+    def side_tensors(self, site: Site, taps: Sequence[Site]) -> dict[str, P]:
+        """The tensors of a side network that reads `taps` and writes `site`."""
+        return self.tensors(site)
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, P]:
+        """Tensors owned once for all sites, read as `t.shared.NAME`."""
+        return {}
+
+    def input(self, t: Any, x: Tensor) -> Tensor:
+        """x' = x."""
+        return x
+
+    def weight(self, t: Any, W: Tensor) -> Tensor:
+        """W' = W."""
+        return W
+
+    def output(self, t: Any, x: Tensor, y: Tensor) -> Tensor:
+        """y' = y."""
+        return y
+
+    def product(self, t: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """y = W' x + b in one fused function."""
+        raise UserError(f"{type(self).__name__} has no fused product.")
+
+    def around(self, t: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call itself."""
+        return call(*args, **kwargs)
+
+    def read(self, t: Any, taps: list[Tensor], y: Tensor) -> Tensor:
+        """y' = y."""
+        return y
+
+    def keys(self, t: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values put before the attention's own."""
+        raise UserError(f"{type(self).__name__} gives no keys.")
+
+    def existing(self, model: nn.Module) -> dict[str, str]:
+        """Names of the backbone's own parameters that become trainable, with the tag of each."""
+        return {}
+
+    def fusable(self, t: SiteDelta) -> bool:
+        """Whether `product` may stand for `weight` at this site now."""
+        return True
+
+    def attached(self, adaptation: Any) -> None:
+        """Once, when everything is in place: for starts that change the base through `adaptation.commit`."""
+
+    def formula(self, site: Site, taps: Sequence[Site] = ()) -> int:
+        """The number of trainable scalars at a site, written down independently of `tensors`."""
+        return sum(p.value.numel() for p in self.side_tensors(site, taps).values() if p.trainable)
+
+
+def keeps_in_out(site: Site) -> bool:
+    """Whether the weight is stored `[in, out]`: Conv1D, some experts, and every embedding table."""
+    return site.transposed or site.kind == "embedding"
+
+
+def forms(delta: Part) -> tuple[str, ...]:
+    """Which equations the delta's class gives."""
+    return tuple(f for f in FORMS if getattr(type(delta), f, None) is not getattr(Delta, f))
+
+
+class TapBuffer:
+    """What the tapped sites left in this forward, in site order; shared by the taps and their reader."""
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        self.sites = list(sites)
+        self.values: dict[str, Tensor] = {}
+
+    def take(self) -> list[Tensor]:
+        """The taps of this forward; empties the buffer."""
+        missing = [s for s in self.sites if s not in self.values]
+        if missing:
+            raise UserError(f"The side network reads {missing[0]}, which was not called in this forward.")
+        values, self.values = [self.values[s] for s in self.sites], {}
+        return values
+
+
+class _Cast:
+    """The tensors of a site in another dtype, for one call."""
+
+    def __init__(self, t: SiteDelta, dtype: torch.dtype) -> None:
+        self._t, self._dtype = t, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._t, name)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != self._dtype:
+            return value.to(self._dtype)
+        if isinstance(value, SiteDelta):
+            return _Cast(value, self._dtype)
+        return value
+
+
+class SiteDelta(nn.Module):
+    """The tensors of one delta at one site: a child of the site's module, in a dtype of its own."""
+
+    rows: Tensor | None
+    buffer: TapBuffer | None
+    taps: list[nn.Module]
+    _shared: tuple[SiteDelta, ...]
+    _root: tuple[nn.Module]
+
+    def __init__(self, part: Delta, site: Site, tensors: dict[str, P], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.part, self.parameter, self.transposed = part, site.parameter or "weight", keeps_in_out(site)
+        self.site_name, self.kind, self.calls = site.name, site.kind, 0
+        self.dtype, self._shared, self.buffer, self.taps = dtype, (), None, []
+        self._root = (site.module,)  # in a tuple: a module attribute would be registered as a child
+        self.meta = {name: (p.tag, p.axis, p.trainable, p.saved) for name, p in tensors.items()}
+        self.register_buffer("rows", site.rows, persistent=False)
+        device = next((p.device for p in site.module.parameters(recurse=True)), torch.device("cpu"))
+        for name, p in tensors.items():
+            floating = p.value.is_floating_point()
+            value = p.value.detach().to(device=device, dtype=dtype if floating else None)
+            if value.data_ptr() == p.value.data_ptr() and value.numel():
+                value = value.clone()
+            if p.trainable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value, persistent=p.saved)
+
+    @property
+    def root(self) -> Any:
+        """The module that this delta sits on."""
+        return self._root[0]
+
+    @property
+    def shared(self) -> Any:
+        """Tensors that the delta owns once for all its sites."""
+        return self._shared[0]
+
+    def cast(self, dtype: torch.dtype) -> Any:
+        """Self, or a view of the tensors in `dtype`."""
+        return self if dtype == self.dtype or not dtype.is_floating_point else _Cast(self, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteDelta:
+        """Moves with the model, but keeps its own dtype: `model.bfloat16()` is about the backbone."""
+
+        def keep(value: Tensor) -> Tensor:
+            moved = fn(value)
+            return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+        super()._apply(keep, recurse)
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A base checkpoint has none of our keys and still loads with `strict=True`."""
+        if any(key.startswith(prefix) for key in state):
+            super()._load_from_state_dict(state, prefix, *rest)

@@ -1,0 +1,268 @@
+"""`handle = attach(model, "lora(rank=8)")`: what a user holds; merge, save, restore, watch, detach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .adaptation import Adaptation, handles
+from .checkpoint import FORMAT, write_json
+from .compat import check
+from .delta import SiteDelta, forms
+from .errors import UserError, did_you_mean
+from .merge import materialize, merged_tensors, not_mergeable
+from .method import read_recipe
+from .plans import rebuild
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = ["Handle", "attach", "restore"]
+
+
+class Handle(Adaptation):
+    """An adaptation on a model, in a user's hand. Also reachable as `tw.handles(model)[name]`, on copies too."""
+
+    run: Run | None = None
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable scalars."""
+        return sum(i.tensor.numel() for i in self.tensors().values())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, for an optimizer of one's own."""
+        return [i.tensor for i in self.tensors().values()]
+
+    def state(self) -> dict[str, Tensor]:
+        """name -> tensor, trained and frozen ones, detached but not copied."""
+        found = {n: i.tensor.detach() for n, i in self.tensors().items()}
+        return {**found, **{n: b.detach() for n, b in self.buffers().items()}}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Puts saved tensors in place, also where their sizes have changed since. Names must agree exactly."""
+        mine = self.state()
+        for name in mine:
+            if name not in state:
+                raise UserError(f"The saved adaptation lacks the tensor {name}.")
+        for name in state:
+            if name not in mine:
+                raise UserError(
+                    f"The saved adaptation has a tensor {name} that this one lacks{did_you_mean(name, mine)}"
+                )
+        buffers = self.buffers()
+        infos = self.tensors()
+        with torch.no_grad():
+            for name, value in state.items():
+                if name in buffers:
+                    t, last = self._buffer_place(name)
+                    t._buffers[last] = value.to(buffers[name].device, buffers[name].dtype).clone()
+                elif infos[name].tensor.shape == value.shape:
+                    infos[name].tensor.copy_(value)
+                else:
+                    old = infos[name].tensor
+                    new = nn.Parameter(
+                        value.to(old.device, old.dtype).clone(), requires_grad=old.requires_grad
+                    )
+                    self.put(name, new)
+
+    def _buffer_place(self, name: str) -> tuple[nn.Module, str]:
+        place = self.locate(name)
+        assert isinstance(place, tuple)
+        return place
+
+    def materialize(self, site: str | None = None) -> dict[str, Tensor]:
+        """{site: W' - W}, `[out, in]`; raises `UserError` if the adaptation is not mergeable."""
+        return materialize(self, site)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Writes W' into the base and takes the deltas out of the forward pass. Originals are kept for `unmerge`."""
+        reason = not_mergeable(self)
+        if reason:
+            raise UserError(reason)
+        if self.merged is not None:
+            raise UserError(f'The adaptation "{self.name}" is merged already.')
+        others = [h.name for h in handles(self.model).values() if h.active and h is not self]
+        if others:
+            raise UserError(f'Merge into the base alone: switch "{others[0]}" off first.')
+        self._untie()
+        news = merged_tensors(self)
+        self.merged = {}
+        names = {id(m): n for n, m in self.model.named_modules()}
+        for module, parameter, new in news:
+            target = module._parameters[parameter]
+            assert target is not None
+            self.merged[f"{names[id(module)]}.{parameter}"] = target.detach().clone()
+            target.copy_(new)
+        self.active = False  # existing parameters stay in place: they are the merged model's
+        rebuild(self.model)
+        return self.model
+
+    def _untie(self) -> None:
+        tied = [s for _, s, _ in self.sites if s.tied is not None or s.role == "head"]
+        for site in tied:
+            weight = site.module._parameters.get("weight")
+            shared = [
+                m
+                for m in self.model.modules()
+                if m is not site.module and m._parameters.get("weight") is weight
+            ]
+            if weight is not None and shared:
+                site.module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                config = getattr(self.model, "config", None)
+                if config is not None:
+                    config.tie_word_embeddings = False
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the kept originals back, bit-equal, and switches the adaptation on again."""
+        if self.merged is None:
+            raise UserError(f'The adaptation "{self.name}" is not merged.')
+        for name, original in self.merged.items():
+            self.model.get_parameter(name).copy_(original)
+        self.merged, self.active = None, True
+        rebuild(self.model)
+
+    def save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> Path:
+        """Writes `adaptation.safetensors` and `adaptation.json` (recipe, sizes, tags); never pickle."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.run is not None and self.run.lifecycle.unfired():
+            raise UserError(str(self.run.lifecycle.unfired()))
+        state = {n: v.cpu().contiguous() for n, v in self.state().items()}
+        state |= {f"commit.{n}": (w.detach() - o).cpu().contiguous() for n, (w, o) in self.committed.items()}
+        part = folder / ".adaptation.safetensors.part"
+        save_file(state, part, metadata={"format": "pt"})
+        part.replace(folder / "adaptation.safetensors")
+        described = {
+            "format": FORMAT, "name": self.name, "recipe": self.recipe.describe(), "dtype": str(self.dtype).removeprefix("torch."),
+            "sites": {s.name: k for k, s, _ in self.sites}, "tags": {n: i.tag for n, i in self.tensors().items()},
+            **(extra or {}),
+        }  # fmt: skip
+        write_json(folder / "adaptation.json", described)
+        return folder
+
+    def detach(self) -> None:
+        """Takes everything away, bit-equal; a merged adaptation is unmerged first."""
+        if self.merged is not None:
+            self.unmerge()
+        super().detach()
+
+    def check_called(self) -> None:
+        """Raises `UserError` for a site that owns a delta and was not called in the forward pass so far."""
+        for _, site, t in self.sites:
+            if t.calls == 0 and t.part.slot == "delta":
+                raise UserError(
+                    f"{site.name} owns a {type(t.part).__name__} and was not called in the first forward pass, so it would "
+                    f'never learn; leave it out, for example sites="linear & ~{site.name}".'
+                )
+
+    def frozen_eval(self) -> None:
+        """With a side network the backbone stays in evaluation mode: its dropout is off in training too."""
+        if any("read" in forms(p) for _, p in self.deltas):
+            for module in self.model.modules():
+                if not isinstance(module, SiteDelta):
+                    module.training = False
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> Run:
+        """Fires the parts' events from the steps of one's own optimizer; gives the run that parts see."""
+        from .run import Run
+
+        run = self.run = self.run or Run(self)
+        run.tensors.optimizer = optimizer
+        run.fire("prepare")
+
+        def before(*_: Any) -> None:
+            if run.step == 0:
+                self.check_called()
+            run.fire("gradients")
+
+        def after(*_: Any) -> None:
+            run.step += 1
+            run.fire("after_step")
+            run.fire("before_step")
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+        run.fire("before_step")
+        return run
+
+    def callback(self) -> Any:
+        """A `transformers.TrainerCallback` that fires the parts' events inside Trainer."""
+        from transformers import TrainerCallback
+
+        handle = self
+
+        class Events(TrainerCallback):
+            """Tunewise's events inside transformers.Trainer."""
+
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                optimizer = kwargs["optimizer"]
+                handle.watch(getattr(optimizer, "optimizer", optimizer))
+
+            def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                assert handle.run is not None
+                handle.run.fire("boundary", "epoch")
+
+            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                assert handle.run is not None
+                handle.run.fire("finish")
+
+        return Events()
+
+
+def attach(
+    model: nn.Module, method: Any, *, name: str = "default", dtype: torch.dtype = torch.float32, plain: bool = False,
+    undo: bool = True, seed: int | None = None,
+) -> Handle:  # fmt: skip
+    """W -> W' at the sites of `method` ("lora(rank=8)", a recipe, a part); the base is frozen and renamed nowhere.
+
+    dtype  of the trainable tensors; `plain` uses eager equations instead of fused ones (second derivatives);
+    undo   keeps copies of trained base weights, so that `detach` is bit-equal (costs their size once)
+    Raises `UserError` for a wrapped, sharded or already adapted model and for recipes that cannot work.
+    """
+    recipe: Recipe = read_recipe(method).fresh()
+    check(recipe, model)
+    needs_plain = {"second_order", "per_sample", "internals"} & {
+        n for _, p in recipe.parts() for n in p.needs
+    }
+    handle = Handle(model, recipe, name, dtype, plain or bool(needs_plain), undo)
+    state = torch.get_rng_state() if seed is not None else None
+    if seed is not None:
+        torch.manual_seed(seed)
+    handle.build()
+    if state is not None:
+        torch.set_rng_state(state)
+    return handle
+
+
+def restore(model: nn.Module, directory: str | Path, *, name: str | None = None) -> Handle:
+    """Attaches a saved adaptation to a fresh base model: equal outputs to those before saving."""
+    folder = Path(directory)
+    if (folder / "adaptation" / "adaptation.json").is_file():
+        folder = folder / "adaptation"
+    file = folder / "adaptation.json"
+    if not file.is_file():
+        raise UserError(f"{directory} holds no adaptation: {file.name} is missing.")
+    described = json.loads(file.read_text(encoding="utf-8"))
+    if described.get("format") != FORMAT:
+        raise UserError(f"{file} has format {described.get('format')}; this version reads {FORMAT}.")
+    recipe = Recipe.from_description(described["recipe"])
+    handle = Handle(model, recipe, name or described["name"], getattr(torch, described["dtype"]), False, True)
+    state = load_file(folder / "adaptation.safetensors")
+    commits = {n.removeprefix("commit."): v for n, v in state.items() if n.startswith("commit.")}
+    handle.build(start=False)
+    handle.load_state({n: v for n, v in state.items() if not n.startswith("commit.")})
+    for weight_name, change in commits.items():
+        weight = model.get_parameter(weight_name)
+        handle.committed[weight_name] = (weight, weight.detach().clone())
+        with torch.no_grad():
+            weight.add_(change.to(weight.device, weight.dtype))
+    return handle

@@ -1,0 +1,1 @@
+"""Deltas: trainable changes of the forward pass, one file per mechanism."""

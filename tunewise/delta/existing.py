@@ -1,0 +1,40 @@
+"""theta' = theta + trained change, for a selection of the backbone's own parameters."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from tunewise.core.delta import Delta
+from tunewise.core.select import select
+from tunewise.core.site import KINDS, find_sites
+
+__all__ = ["ExistingWeights"]
+
+
+class ExistingWeights(Delta):
+    """The backbone's own parameters at `sites` are trained: `which` of "all", "weight", "bias".
+
+    `sites="all"` with `which="all"` is full fine-tuning, position tables and other bare parameters included.
+    A container site (block, attention, mlp) stands for everything below it.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    unit: ClassVar[str] = "entry"
+    sites: str | list[str] = "all"
+    which: Literal["all", "weight", "bias"] = "all"
+
+    def existing(self, model: nn.Module) -> dict[str, str]:
+        own = {n: p for n, p in model.named_parameters() if ".tw_" not in f".{n}" and p.is_floating_point()}
+        if self.sites == "all":
+            chosen = set(own)
+        else:
+            chosen = set()
+            for site in select(find_sites(model), self.sites):
+                if site.kind == "experts":
+                    chosen.add(site.name)
+                else:
+                    chosen |= {n for n in own if n.startswith(f"{site.name}.")}
+        tags = {n: "bias" if n.endswith("bias") else "weight" for n in own}
+        return {n: tags[n] for n in own if n in chosen and self.which in ("all", tags[n])}

@@ -1,0 +1,63 @@
+"""A head says how the answer is read out of a model's outputs, and what of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tunewise.core.delta import Delta
+from tunewise.core.errors import UserError
+
+__all__ = ["AUTO", "Head", "hidden_size", "label_names", "sequence_mask"]
+
+AUTO = ("sequence_classification", "base", "masked_lm", "causal_lm", "image_classification")
+
+
+class Head(Delta):
+    """logits = read(outputs of the model): `[rows, classes]`, or `[rows, tokens, words]` for language models.
+
+    What is trained comes from a delta's own means: `existing(model)` names parameters of the model's own head, and
+    `tensors(site)` gives new ones at the root site, read as `t.NAME` in `logits`. Whatever `setup` learns is kept in
+    fields, so that a saved recipe can read its answers again.
+    """
+
+    slot: ClassVar[str] = "head"
+    kinds: ClassVar[tuple[str, ...]] = ("model",)
+    auto: ClassVar[str] = "base"
+
+    def auto_for(self, config: Any) -> str:
+        """Which kind of model (one of `AUTO`) this head reads, given the configuration of the backbone."""
+        return self.auto
+
+    def setup(self, task: Any, tokenizer: Any, model: nn.Module) -> None:
+        """Called before attaching: learns sizes and words, and raises `UserError` for a head that cannot work."""
+
+    def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
+        """The logits that the task's loss gets; t holds the head's own tensors in float32."""
+        logits: Tensor = outputs.logits
+        return logits
+
+
+def label_names(task: Any) -> list[str]:
+    """The names of the task's classes in the order of the logits; empty for a task without classes."""
+    return [str(label) for label in getattr(task, "labels", None) or ()]
+
+
+def hidden_size(model: nn.Module, head: str) -> int:
+    """Width of the model's last hidden state. Raises `UserError` where the model does not say it."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(config, "hidden_size", None)
+    if not isinstance(size, int):
+        raise UserError(f"{head} cannot read {type(model).__name__}: its configuration gives no hidden_size.")
+    return size
+
+
+def sequence_mask(inputs: dict[str, Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
+    """Which positions hold real tokens, `[rows, tokens]` of bool; all where the batch has no mask (images)."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return like.new_ones(tuple(shape), dtype=like.dtype).bool()
+    return mask.bool()

@@ -1,0 +1,68 @@
+"""The model's own classification head, as Hugging Face builds it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tunewise.core.errors import UserError
+
+from .base import Head, label_names
+
+__all__ = ["ClassHead"]
+
+# What timm, torchvision and plain modules call the last layer.
+HEADS = ("classifier", "score", "classification_head", "head", "heads", "fc")
+
+
+class ClassHead(Head):
+    """logits = the model's own classifier(pooled hidden state), `[rows, classes]`, `[rows, 1]` for regression.
+
+    pooler  whether the pooler in front of the classifier (BERT, ALBERT, DeBERTa) is trained too. It belongs to the
+            read-out: many encoders come with one that their pretraining never used.
+    Raises `UserError` for a model without a classification head or with another number of classes.
+    """
+
+    auto: ClassVar[str] = "sequence_classification"
+    pooler: bool = True
+
+    def auto_for(self, config: Any) -> str:
+        """Models that only know images are loaded as image classifiers."""
+        from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+        text = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        image = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        return "image_classification" if image and not text else self.auto
+
+    def setup(self, task: Any, tokenizer: Any, model: nn.Module) -> None:
+        self.existing(model)
+        wanted = len(label_names(task)) or 1
+        found = getattr(getattr(model, "config", None), "num_labels", wanted)
+        if found != wanted:
+            raise UserError(
+                f"{type(model).__name__} gives {found} classes and the task has {wanted}: "
+                "load the base model with the task's labels."
+            )
+
+    def existing(self, model: nn.Module) -> dict[str, str]:
+        """Everything outside the base model, and the base model's pooler."""
+        names = _head_names(model)
+        if not any("pooler" not in name.split(".") for name in names):
+            raise UserError(
+                f"ClassHead: {type(model).__name__} has no classification head; load it as a model for sequence "
+                "classification, or use PooledHead()."
+            )
+        return {name: "head" for name in names if self.pooler or "pooler" not in name.split(".")}
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    names = [n for n, _ in model.named_parameters() if not any(part.startswith("tw_") for part in n.split("."))]
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix):
+        if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+            return []  # a language model's output layer names words, not classes
+        return [n for n in names if not n.startswith(f"{prefix}.") or "pooler" in n.split(".")]
+    if prefix:
+        return []
+    return [n for n in names if n.split(".")[0] in HEADS]

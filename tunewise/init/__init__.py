@@ -1,0 +1,1 @@
+"""Starts of deltas: where the first values of a low-rank change come from."""

@@ -1,0 +1,1 @@
+"""Loops: in which stages a run goes."""

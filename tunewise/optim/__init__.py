@@ -1,0 +1,1 @@
+"""Optimizers: how a loss becomes a step."""

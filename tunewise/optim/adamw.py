@@ -1,0 +1,99 @@
+"""m, v <- moments of g; theta <- theta - lr (m / (sqrt(v) + eps) + decay theta)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from tunewise.core.errors import RunError
+from tunewise.core.part import Part
+from tunewise.core.run import Run
+
+__all__ = ["AdamW"]
+
+
+class AdamW(Part):
+    """theta <- theta - lr (m / (sqrt(v) + eps) + decay theta), with gradients clipped to norm `clip` (0: not).
+
+    Per tag: `rates` multiplies lr, `decays` replaces decay (biases, scales and gates have none), `ascend` names tags that
+    go up instead of down. Raises `RunError` when the loss or the gradient norm is not finite, before the step.
+    Source: arXiv 1711.05101.
+    """
+
+    slot: ClassVar[str] = "optimizer"
+    lr: Annotated[float, Field(ge=0)] | None = None
+    decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    rates: dict[str, float] = {}
+    decays: dict[str, float] = {"bias": 0.0, "scale": 0.0, "gate": 0.0, "magnitude": 0.0}
+    ascend: tuple[str, ...] = ()
+
+    def setup(self, run: Run, lr: float) -> None:
+        """Makes the optimizer: one group per tag."""
+        groups: dict[str, list[torch.nn.Parameter]] = {}
+        for _, info in run.tensors.all().items():
+            groups.setdefault(info.tag, []).append(info.tensor)
+        run.tensors.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": params, "tag": tag, "lr": lr * self.rates.get(tag, 1.0), "base_lr": lr * self.rates.get(tag, 1.0),
+                    "weight_decay": self.decays.get(tag, self.decay), "maximize": tag in self.ascend,
+                }
+                for tag, params in groups.items()
+            ],
+            betas=self.betas, eps=self.eps,
+        )  # fmt: skip
+
+    def step(self, run: Run, micro: Sequence[Any], factor: float, backward: Any) -> float:
+        """One optimizer step over micro-batches; gives the step's loss. `factor` is the schedule's."""
+        optimizer = run.tensors.optimizer
+        assert optimizer is not None
+        optimizer.zero_grad(set_to_none=True)
+        units = max(sum(float(batch.units.sum()) for batch in micro), 1.0)
+        total = 0.0
+        for batch in micro:
+            loss = backward(batch, units)
+            total += loss
+        if total != total or abs(total) == float("inf"):
+            raise RunError(
+                f"The loss became {total} at step {run.step + 1}; a lower learning rate usually helps."
+            )
+        run.fire("gradients")
+        params = [i.tensor for _, i in run.tensors.active() if i.tensor.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(params, self.clip or float("inf"))
+        if not torch.isfinite(norm):
+            raise RunError(
+                f"A gradient became {float(norm)} at step {run.step + 1}; a lower learning rate usually helps."
+            )
+        run.metrics["gradient_norm"] = float(norm)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        optimizer.step()
+        return total
+
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        """Moments by tensor name, so that they fit whatever the order of the groups."""
+        optimizer = run.tensors.optimizer
+        if optimizer is None:
+            return {}
+        infos = run.tensors.all().items()
+        return {n: dict(optimizer.state[i.tensor]) for n, i in infos if i.tensor in optimizer.state}
+
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        """Puts moments back; tensors have their saved sizes already."""
+        optimizer = run.tensors.optimizer
+        assert optimizer is not None
+        for name, info in run.tensors.all().items():
+            if name in run.tensors.dropped:
+                for group in optimizer.param_groups:
+                    group["params"] = [p for p in group["params"] if p is not info.tensor]
+            if name in state:
+                optimizer.state[info.tensor] = {
+                    k: v.to(info.tensor.device) if torch.is_tensor(v) and k != "step" else v
+                    for k, v in state[name].items()
+                }

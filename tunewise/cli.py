@@ -8,7 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import cyclopts
 from cyclopts import App
@@ -18,22 +18,20 @@ from tunewise.commands import catalog, check, doctor, runs, start
 
 __all__ = ["app", "main"]
 
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
+
 app = App(
     name="tunewise",
     version=__version__,
     help="Fine-tune a pretrained model on your data: every method is one command.\n\n"
     "Start with `tunewise demo`, or `tunewise tune minilm reviews --method lora`.",
 )
-app.command(start.demo)
-app.command(start.tune)
-app.command(runs.predict)
-app.command(runs.evaluate, name="eval")
-app.command(runs.merge)
-app.command(runs.export)
-app.command(catalog.methods)
-app.command(catalog.show)
-app.command(check.check)
-app.command(doctor.doctor)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    start.demo, start.tune, runs.predict, runs.evaluate, runs.merge, runs.export,
+    catalog.methods, catalog.show, check.check, doctor.doctor,
+)  # fmt: skip
+for place, function in enumerate(COMMANDS):
+    app.command(function, name="eval" if function is runs.evaluate else None, sort_key=place)
 
 
 def _commands() -> list[str]:
@@ -42,7 +40,7 @@ def _commands() -> list[str]:
 
 def _options(chain: Sequence[str]) -> list[str]:
     parsed = app[chain[0]].assemble_argument_collection()
-    return sorted({name for argument in parsed for name in argument.names if name.startswith("--")})
+    return sorted({"--help", *(name for a in parsed for name in a.names if name.startswith("--"))})
 
 
 def _first_other_word(tokens: Sequence[str]) -> str:
@@ -57,8 +55,9 @@ def _sentence(error: cyclopts.CycloptsError, tokens: Sequence[str]) -> str:
     chain = [t for t in tokens[:1] if t in _commands()]
     if not chain:
         word = _first_other_word(tokens)
-        return f'There is no command "{word}"{did_you_mean(word, _commands())}'
-    command = f"tunewise {chain[0]}"
+        kind = "option" if word.startswith("-") else "command"
+        return f'There is no {kind} "{word}"{did_you_mean(word, [*_commands(), "--help", "--version"])}'
+    command = chain[0]
     token: Any = getattr(error, "token", None)
     if isinstance(error, cyclopts.UnknownOptionError) and token is not None:
         given = (token.keyword or token.value or "").split("=", 1)[0]
@@ -66,9 +65,12 @@ def _sentence(error: cyclopts.CycloptsError, tokens: Sequence[str]) -> str:
     if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
         return _missing(error, command)
     if isinstance(error, cyclopts.CoercionError) and token is not None:
-        wanted = getattr(error.target_type, "__name__", str(error.target_type)).replace("int", "whole number")
         option = token.keyword or (error.argument.name if error.argument is not None else "")
-        return f'{command}: {option} takes a {wanted.replace("float", "number")}, not "{token.value}".'
+        choices = [str(c) for c in get_args(error.target_type)]
+        if choices:
+            return f'{command}: {option} takes {" or ".join(choices)}, not "{token.value}".'
+        wanted = KINDS.get(error.target_type, "another kind of value")
+        return f'{command}: {option} takes {wanted}, not "{token.value}".'
     unused = [t for t in error.unused_tokens or [] if t]
     if unused:
         kind = "option" if unused[0].startswith("-") else "argument"
@@ -96,7 +98,7 @@ def _missing(error: cyclopts.MissingArgumentError, command: str) -> str:
     if error.keyword is not None:
         return f"{command}: {error.keyword} needs a value."
     examples = {"--method": " (for example --method lora; `tunewise methods` lists all)"}
-    return f"{command} needs {name.lstrip('-').upper() if not name.startswith('--') else name}{examples.get(name, '')}."
+    return f"{command} needs {name}{examples.get(name, '')}."
 
 
 def _unexpected(error: BaseException) -> str:

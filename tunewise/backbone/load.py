@@ -1,4 +1,4 @@
-"""Loads a pretrained model and its tokenizer by name: safetensors only, and never code from a model folder."""
+"""Loads a pretrained model and its tokenizer by name: safetensors only, never code from a model folder."""
 
 from __future__ import annotations
 
@@ -28,20 +28,27 @@ Note = Callable[[str], None]
 
 
 def load(
-    name_or_path: str | Path, *, auto: str = "base", labels: Sequence[Any] | None = None, regression: bool = False,
-    dtype: str | torch.dtype | None = None, device: str | torch.device | None = None, meta: bool = False,
+    name_or_path: str | Path,
+    *,
+    auto: str = "base",
+    labels: Sequence[Any] | None = None,
+    regression: bool = False,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    meta: bool = False,
     note: Note | None = None,
-) -> tuple[nn.Module, Any]:  # fmt: skip
-    """(model in eval mode, tokenizer): an existing path wins, then demo names (`demo:minilm` forces), then hub ids.
+) -> tuple[nn.Module, Any]:
+    """(model in eval mode, tokenizer): an existing path wins, then demo names (`demo:` forces), then hub ids.
 
     auto    what the model is loaded for: one of `AUTO_CLASSES`
     labels  class names in the order of the logits; kept in the model's configuration
     dtype   "auto" or None for that of the checkpoint (float16 becomes float32 on a CPU)
     meta    builds the model without weights on the meta device, for estimates
     note    gets a sentence about everything that was filled in: new weights, a replaced pad token, downloads
-    A new classifier is initialised from torch's global generator. For image and sound models the second value is the
-    processor. Raises `UserError` for names that lead nowhere, folders that hold no model, checkpoints without
-    safetensors or with missing weights, and models that need code of their own.
+    A new classifier is initialised from torch's global generator. For image and sound models the second value
+    is the processor, or None with a note where the installation cannot have it. Raises `UserError` for names
+    that lead nowhere, folders that hold no model, checkpoints without safetensors or with missing weights,
+    and models that need code of their own.
     """
     if auto not in AUTO_CLASSES:
         raise UserError(f'There is no kind of model "{auto}"{did_you_mean(auto, AUTO_CLASSES)}')
@@ -50,7 +57,7 @@ def load(
     with _quiet():
         config = _config(source)
         _put_labels(config, labels, regression)
-        tokenizer = _tokenizer(source, config)
+        tokenizer = _tokenizer(source, config, say)
         kind = _dtype(dtype, config, device)
         model = _build(source, auto, config, kind) if meta else _pretrained(source, auto, config, kind, say)
         _put_padding(model, tokenizer, say)
@@ -108,7 +115,9 @@ def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
     with _plainly(source, "a model configuration"):
-        return AutoConfig.from_pretrained(source.place, trust_remote_code=False, local_files_only=source.local)
+        return AutoConfig.from_pretrained(
+            source.place, trust_remote_code=False, local_files_only=source.local
+        )
 
 
 def _put_labels(config: Any, labels: Sequence[Any] | None, regression: bool) -> None:
@@ -136,17 +145,24 @@ def _dtype(dtype: str | torch.dtype | None, config: Any, device: Any) -> torch.d
     return found
 
 
-def _tokenizer(source: Source, config: Any) -> Any:
+def _tokenizer(source: Source, config: Any, say: Note) -> Any:
     import transformers
 
-    mapping = transformers.AutoModel._model_mapping
-    main = getattr(mapping[type(config)], "main_input_name", "input_ids") if type(config) in mapping else "input_ids"
-    reader = {"pixel_values": "AutoImageProcessor", "input_ids": "AutoTokenizer"}.get(main, "AutoFeatureExtractor")
-    what = "a tokenizer" if reader == "AutoTokenizer" else "a processor of its inputs"
-    with _plainly(source, what):
-        return getattr(transformers, reader).from_pretrained(
-            source.place, trust_remote_code=False, local_files_only=source.local
-        )
+    mapping: Any = transformers.MODEL_MAPPING
+    main = getattr(mapping.get(type(config), None), "main_input_name", "input_ids")
+    reader = {"pixel_values": "AutoImageProcessor", "input_ids": "AutoTokenizer"}.get(
+        main, "AutoFeatureExtractor"
+    )
+    options = {"trust_remote_code": False, "local_files_only": source.local}
+    if reader == "AutoTokenizer":
+        with _plainly(source, "a tokenizer"):
+            return transformers.AutoTokenizer.from_pretrained(source.place, **options)
+    try:
+        return getattr(transformers, reader).from_pretrained(source.place, **options)
+    except (ImportError, OSError) as error:  # the model itself works on tensors without it
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        say(f'"{source.name}" comes without a processor of its inputs: {reason}.')
+        return None
 
 
 def _auto_class(auto: str) -> Any:
@@ -176,7 +192,8 @@ def _pretrained(source: Source, auto: str, config: Any, dtype: torch.dtype | str
         first, count = (lost or head)[0], len(lost or head)
         raise UserError(
             f'"{source.name}" is no {type(model).__name__}: {first} '
-            f"{f'and {count - 1} more weights are' if count > 1 else 'is'} missing or of another size in its checkpoint."
+            f"{f'and {count - 1} more weights are' if count > 1 else 'is'} missing or of another size in its "
+            "checkpoint."
         )
     if head:
         why = " (the checkpoint's were of another size)" if other else ""
@@ -196,9 +213,9 @@ def _put_padding(model: nn.Module, tokenizer: Any, say: Note) -> None:
     if tokenizer.pad_token is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
-            raise UserError("The tokenizer has no pad token, and no end or unknown token that could stand for it.")
+            raise UserError("The tokenizer has no pad token, and no end or unknown token to stand for it.")
         tokenizer.pad_token = substitute
-        say(f'The tokenizer has no pad token: "{substitute}" is used; padding is masked, so it is never learnt from.')
+        say(f'The tokenizer has no pad token: "{substitute}" is used; padding is masked, never learnt from.')
     config: Any = model.config
     for one in {id(c): c for c in (config, config.get_text_config())}.values():
         if getattr(one, "pad_token_id", None) is None:

@@ -29,7 +29,9 @@ class Source:
     local: bool
 
 
-def find_source(name: str | Path, *, weights: bool = True, note: Callable[[str], None] | None = None) -> Source:
+def find_source(
+    name: str | Path, *, weights: bool = True, note: Callable[[str], None] | None = None
+) -> Source:
     """An existing path wins, then demo names (`demo:minilm` forces one), then hub ids (local cache first).
 
     Raises `UserError` for a folder that holds no model, an unknown name (with near ones), or no connection.
@@ -47,7 +49,9 @@ def find_source(name: str | Path, *, weights: bool = True, note: Callable[[str],
     if text in MODELS:
         return Source(text, str(model_path(text, note)), True)
     if not HUB_ID.fullmatch(text):
-        raise UserError(f'"{text}" is no model: expected a folder, a demo name or a hub id{did_you_mean(text, MODELS)}')
+        raise UserError(
+            f'"{text}" is no model: expected a folder, a demo name or a hub id{did_you_mean(text, MODELS)}'
+        )
     if not _cached(text, weights):
         _ask_hub(text)
         return Source(text, text, False)
@@ -57,7 +61,9 @@ def find_source(name: str | Path, *, weights: bool = True, note: Callable[[str],
 def _checked_folder(path: Path) -> Path:
     hint = f' To get the demo model, write "demo:{path.name}".' if path.name in MODELS else ""
     if not path.is_dir():
-        raise UserError(f'"{path}" is a file: expected a model folder with config.json and model.safetensors.{hint}')
+        raise UserError(
+            f'"{path}" is a file: expected a model folder with config.json and model.safetensors.{hint}'
+        )
     if not (path / "config.json").is_file():
         other = ""
         if (path / "run.json").is_file() or (path / "adaptation.json").is_file():
@@ -106,7 +112,9 @@ def _ask_hub(name: str) -> None:
         raise UserError(f"{unknown}, and the hub has no such model{did_you_mean(name, MODELS)}") from None
     except HfHubHTTPError as error:
         reason = str(error).split("\n", 1)[0]
-        raise UserError(f"{unknown}, and the hub does not give it ({reason}){did_you_mean(name, MODELS)}") from error
+        raise UserError(
+            f"{unknown}, and the hub does not give it ({reason}){did_you_mean(name, MODELS)}"
+        ) from error
     except Exception as error:  # each version of the hub's client raises connection errors of another library
         reason = type(error).__name__
         raise UserError(

@@ -51,15 +51,19 @@ def _describe(method: Any) -> dict[str, Any]:
 
 def show(
     method: Annotated[str, Parameter(help='For example lora, "lora(rank=4)" or my.yaml.')],
+    /,
     *,
     model: Annotated[str | None, Parameter(help="Show sites, tensors and counts on this model.")] = None,
     output: Output = QUIET,
 ) -> None:
     """Show the parts of a method and the order of their calls; with --model also sites, tensors and counts.
 
-    Examples:
-      tunewise show lora
-      tunewise show "lora(rank=4, sites='query | value')" --model minilm
+    For example:
+
+    ```
+    tunewise show lora
+    tunewise show "lora(rank=4, sites='query | value')" --model minilm
+    ```
     """
     from tunewise.core.compat import check
     from tunewise.core.method import read_recipe

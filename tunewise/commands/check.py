@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from .console import Output, settings
+from .console import Flag, Output, settings
 
 __all__ = ["check"]
 
@@ -18,12 +18,13 @@ ROWS_MEASURED = 1000
 
 def check(
     data: Annotated[str, Parameter(help="A file, a folder, a demo name or a datasets id.")],
+    /,
     *,
     model: Annotated[str | None, Parameter(help="Count the tokens of this model too.")] = None,
     task: Annotated[str | None, Parameter(help="Detected from the data if not given.")] = None,
     text_column: Annotated[str | None, Parameter(help='Column of the text; "a,b" for pairs.')] = None,
     label_column: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
-    skip_bad_rows: Annotated[bool, Parameter(negative="", help="Leave out unreadable rows, counted.")] = False,
+    skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False,
     output: Output = QUIET,
 ) -> None:
     """Check DATA before training: rows, columns, splits, classes; with --model also lengths in tokens."""

@@ -14,7 +14,9 @@ from cyclopts import Parameter
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Output", "number", "settings", "table"]
+__all__ = ["Flag", "Output", "number", "settings", "table"]
+
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 
 
 @Parameter(name="*")
@@ -22,8 +24,8 @@ __all__ = ["Output", "number", "settings", "table"]
 class Output:
     """Where results and sentences go."""
 
-    json: Annotated[bool, Parameter(negative="", help="Print the result as JSON and nothing else.")] = False
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="No sentences, no bars.")] = False
+    json: Annotated[Flag, Parameter(help="Print the result as JSON and nothing else.")] = False
+    quiet: Annotated[Flag, Parameter(name=["--quiet", "-q"], help="No sentences, no bars.")] = False
 
     @property
     def console(self) -> Console:

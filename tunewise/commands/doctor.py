@@ -29,6 +29,7 @@ Finding = tuple[str, bool, str]
 
 def doctor(
     model: Annotated[str | None, Parameter(help="Also load this model and run it once.")] = None,
+    /,
     *,
     output: Output = QUIET,
 ) -> None:

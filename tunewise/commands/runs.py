@@ -19,19 +19,24 @@ Run = Annotated[Path, Parameter(help="Folder that `tunewise tune --out` wrote.")
 def predict(
     run: Run,
     rows: Annotated[str, Parameter(help="File, folder, demo name or datasets id.")],
+    /,
     *,
     out: Annotated[Path | None, Parameter(help="Write JSON lines here instead of printing them.")] = None,
     output: Output = QUIET,
 ) -> None:
     """Predict with a finished run; prints one JSON object per row.
 
-    Examples:
-      tunewise predict runs/a new.csv
-      tunewise predict runs/a new.csv --out predictions.jsonl
+    For example:
+
+    ```
+    tunewise predict runs/a new.csv
+    tunewise predict runs/a new.csv --out predictions.jsonl
+    ```
     """
+    folder = _folder(run)
     from tunewise.tune import predict as run_predict
 
-    found = run_predict(_folder(run), rows)
+    found = run_predict(folder, rows)
     if output.json:
         output.result(found)
         return
@@ -47,40 +52,51 @@ def predict(
 def evaluate(
     run: Run,
     data: Annotated[str | None, Parameter(help="Rows with labels; the run's own test rows if not given.")] = None,
+    /,
     *,
     output: Output = QUIET,
 ) -> None:
     """Measure a finished run, on its own test rows or on other data.
 
-    Examples:
-      tunewise eval runs/a
-      tunewise eval runs/a reviews/amazon --json
+    For example:
+
+    ```
+    tunewise eval runs/a
+    tunewise eval runs/a reviews/amazon --json
+    ```
     """
+    folder = _folder(run)
     from tunewise.tune import evaluate as run_evaluate
 
-    found: dict[str, Any] = run_evaluate(_folder(run), data)
+    found: dict[str, Any] = run_evaluate(folder, data)
     output.result(found)
 
 
 def merge(
     run: Run,
+    /,
     *,
     out: Annotated[Path, Parameter(help="Folder of the merged model.")],
     output: Output = QUIET,
 ) -> None:
     """Write the tuned model as a plain Hugging Face folder, which loads without Tunewise.
 
-    Example:
-      tunewise merge runs/a --out merged
+    For example:
+
+    ```
+    tunewise merge runs/a --out merged
+    ```
     """
+    folder = _folder(run)
     from tunewise.tune import merge_run
 
-    merge_run(_folder(run), out)
+    merge_run(folder, out)
     output.result({"model": str(out)}, human=f"Merged model: {out}")
 
 
 def export(
     run: Run,
+    /,
     *,
     to: Annotated[Literal["peft", "lora", "hf"], Parameter(help="Format that is written.")],
     out: Annotated[Path, Parameter(help="Folder that is written.")],
@@ -88,12 +104,16 @@ def export(
 ) -> None:
     """Write a finished run in another library's format.
 
-    Example:
-      tunewise export runs/a --to peft --out adapter
+    For example:
+
+    ```
+    tunewise export runs/a --to peft --out adapter
+    ```
     """
+    folder = _folder(run)
     from tunewise.tune import export_run
 
-    export_run(_folder(run), to, out)
+    export_run(folder, to, out)
     output.result({"folder": str(out), "format": to}, human=f"Exported as {to}: {out}")
 
 

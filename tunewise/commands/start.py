@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from .console import Output, settings
+from .console import Flag, Output, settings
 
 __all__ = ["demo", "tune"]
 
@@ -17,7 +17,7 @@ QUIET = Output()
 def demo(
     *,
     out: Annotated[Path, Parameter(help="Folder for the runs and the report.")] = Path("demo-run"),
-    quick: Annotated[bool, Parameter(negative="", help="A tiny model, in seconds.")] = False,
+    quick: Annotated[Flag, Parameter(help="A tiny model, in seconds.")] = False,
     output: Output = QUIET,
 ) -> None:
     """The main job on real data: four methods and two baselines, a table and a report.
@@ -33,7 +33,10 @@ def demo(
 
 def tune(
     model: Annotated[str, Parameter(help="A folder, a demo name (minilm) or a hub id.")],
-    data: Annotated[str, Parameter(help="A file, a folder, a demo name (reviews) or a datasets id.")],
+    data: Annotated[
+        str | None, Parameter(help="A file, a folder, a demo name (reviews) or a datasets id; or see --train.")
+    ] = None,
+    /,
     *,
     method: Annotated[str, Parameter(help='For example lora, "lora(rank=4)", "lora + lisa", my.yaml.')],
     task: Annotated[str | None, Parameter(help="Detected from the data if not given.")] = None,
@@ -52,9 +55,9 @@ def tune(
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, Parameter(help="Decides order, dropout and start values.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the run; needed for --resume.")] = None,
-    resume: Annotated[bool, Parameter(negative="", help="Go on where a stopped run stopped.")] = False,
-    dry_run: Annotated[bool, Parameter(negative="", help="Show sites, tensors, counts, call order.")] = False,
-    skip_bad_rows: Annotated[bool, Parameter(negative="", help="Leave out unreadable rows, counted.")] = False,
+    resume: Annotated[Flag, Parameter(help="Go on where a stopped run stopped.")] = False,
+    dry_run: Annotated[Flag, Parameter(help="Show sites, tensors, counts, call order.")] = False,
+    skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False,
     checkpoint_every: Annotated[int | None, Parameter(help="Steps between checkpoints.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -64,15 +67,24 @@ def tune(
 ) -> None:
     """Fine-tune MODEL on DATA by one method.
 
-    Examples:
-      tunewise tune minilm reviews --method lora --out runs/a
-      tunewise tune ./my-model rows.csv --method "lora(rank=4)" --label-column grade
-      tunewise tune tiny-roberta peptides --method full --steps 20 --dry-run
+    For example:
+
+    ```
+    tunewise tune minilm reviews --method lora --out runs/a
+    tunewise tune ./my-model rows.csv --method "lora(rank=4)" --label-column grade
+    tunewise tune tiny-roberta peptides --method full --steps 20 --dry-run
+    ```
     """
+    from tunewise.core.errors import UserError
+
+    own = {k: v for k, v in {"train": train, "valid": valid, "test": test}.items() if v is not None}
+    if data is None and "train" not in own:
+        raise UserError("tune needs DATA, or --train with a file of rows.")
     from tunewise.tune import tune as run_tune
 
     result = run_tune(
-        model, data, method=method, task=task, train=train, valid=valid, test=test, text_column=text_column,
+        model, own if data is None else data, method=method, task=task, train=None if data is None else train,
+        valid=None if data is None else valid, test=None if data is None else test, text_column=text_column,
         label_column=label_column, metric=metric, lr=lr, batch_size=batch_size, epochs=epochs, steps=steps,
         max_length=max_length, dtype=dtype, device=device, seed=seed, out=out, resume=resume, dry_run=dry_run,
         skip_bad_rows=skip_bad_rows, checkpoint_every=checkpoint_every, options=read_options(set_ or []),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import inspect
 import pkgutil
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
@@ -60,6 +62,10 @@ class Part:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        for name in cls.__dict__.get("__annotations__", {}):
+            default = cls.__dict__.get(name)
+            if isinstance(default, (list, dict)):  # every instance gets its own copy
+                setattr(cls, name, dataclasses.field(default_factory=partial(copy.copy, default)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
         pydantic_dataclasses.dataclass(config=config)(cls)  # type: ignore[call-overload]
         inner = cls.__init__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tunewise.core.delta import Delta
@@ -18,9 +19,9 @@ AUTO = ("sequence_classification", "base", "masked_lm", "causal_lm", "image_clas
 class Head(Delta):
     """logits = read(outputs of the model): `[rows, classes]`, or `[rows, tokens, words]` for language models.
 
-    What is trained comes from a delta's own means: `existing(model)` names parameters of the model's own head, and
-    `tensors(site)` gives new ones at the root site, read as `t.NAME` in `logits`. Whatever `setup` learns is kept in
-    fields, so that a saved recipe can read its answers again.
+    What is trained comes from a delta's own means: `existing(model)` names parameters of the model's own
+    head, and `tensors(site)` gives new ones at the root site, read as `t.NAME` in `logits`. Whatever `setup`
+    learns is kept in fields, so that a saved recipe can read its answers again.
     """
 
     slot: ClassVar[str] = "head"
@@ -32,7 +33,7 @@ class Head(Delta):
         return self.auto
 
     def setup(self, task: Any, tokenizer: Any, model: nn.Module) -> None:
-        """Called before attaching: learns sizes and words, and raises `UserError` for a head that cannot work."""
+        """Before attaching: learns sizes and words; raises `UserError` for a head that cannot work."""
 
     def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
         """The logits that the task's loss gets; t holds the head's own tensors in float32."""
@@ -47,7 +48,7 @@ def label_names(task: Any) -> list[str]:
 
 def hidden_size(model: nn.Module, head: str) -> int:
     """Width of the model's last hidden state. Raises `UserError` where the model does not say it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(config, "hidden_size", None)
     if not isinstance(size, int):
@@ -55,9 +56,7 @@ def hidden_size(model: nn.Module, head: str) -> int:
     return size
 
 
-def sequence_mask(inputs: dict[str, Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
-    """Which positions hold real tokens, `[rows, tokens]` of bool; all where the batch has no mask (images)."""
+def sequence_mask(inputs: dict[str, Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Which positions hold real tokens, `[rows, tokens]` of bool; all if the batch has no mask (images)."""
     mask = inputs.get("attention_mask")
-    if mask is None:
-        return like.new_ones(tuple(shape), dtype=like.dtype).bool()
-    return mask.bool()
+    return torch.ones(tuple(shape), dtype=torch.bool, device=device) if mask is None else mask.bool()

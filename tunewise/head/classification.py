@@ -17,10 +17,10 @@ HEADS = ("classifier", "score", "classification_head", "head", "heads", "fc")
 
 
 class ClassHead(Head):
-    """logits = the model's own classifier(pooled hidden state), `[rows, classes]`, `[rows, 1]` for regression.
+    """logits = the model's own classifier(pooled state), `[rows, classes]`, `[rows, 1]` for regression.
 
-    pooler  whether the pooler in front of the classifier (BERT, ALBERT, DeBERTa) is trained too. It belongs to the
-            read-out: many encoders come with one that their pretraining never used.
+    pooler  whether the pooler in front of the classifier (BERT, ALBERT, DeBERTa) is trained too. It belongs
+            to the read-out: many encoders come with one that their pretraining never used.
     Raises `UserError` for a model without a classification head or with another number of classes.
     """
 
@@ -29,7 +29,10 @@ class ClassHead(Head):
 
     def auto_for(self, config: Any) -> str:
         """Models that only know images are loaded as image classifiers."""
-        from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        from transformers import (
+            MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        )
 
         text = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         image = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -50,14 +53,14 @@ class ClassHead(Head):
         names = _head_names(model)
         if not any("pooler" not in name.split(".") for name in names):
             raise UserError(
-                f"ClassHead: {type(model).__name__} has no classification head; load it as a model for sequence "
-                "classification, or use PooledHead()."
+                f"ClassHead: {type(model).__name__} has no classification head; load it as a model for "
+                "sequence classification, or use PooledHead()."
             )
         return {name: "head" for name in names if self.pooler or "pooler" not in name.split(".")}
 
 
 def _head_names(model: nn.Module) -> list[str]:
-    names = [n for n, _ in model.named_parameters() if not any(part.startswith("tw_") for part in n.split("."))]
+    names = [n for n, _ in model.named_parameters() if ".tw_" not in f".{n}"]
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):
         if getattr(model, "get_output_embeddings", lambda: None)() is not None:

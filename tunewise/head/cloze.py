@@ -17,14 +17,14 @@ GAP, TEXT = "{mask}", "{text}"
 
 
 class ClozeHead(Head):
-    """logits[c] = the language model's logit of label c's word at the gap, `[rows, classes]`; no new parameters.
+    """logits[c] = the language model's logit of label c's word at the gap, `[rows, classes]`; nothing is new.
 
-    template    a sentence with {text} and {mask}; for a causal model it ends with {mask} (punctuation after the gap
-                is left out)
+    template    a sentence with {text} and {mask}; for a causal model {mask} comes last, and what follows it
+                is left out
     verbalizer  {label: word}, each word one token of the tokenizer; the label names if not given
-    mask, mask_id, words  learnt from the tokenizer: the gap's token (empty for causal models), the tokens of the words
-    Source: Schick & Schuetze, 2021 (PET). Raises `UserError` for words of several tokens, two labels with one word,
-    labels without a word, and rows whose gap was cut off.
+    mask, mask_id, words  learnt from the tokenizer: the gap's token (empty for causal models), the words
+    Source: Schick & Schuetze, 2021 (PET). Raises `UserError` for words of several tokens, two labels with one
+    word, labels without a word, and rows whose gap was cut off.
     """
 
     auto: ClassVar[str] = "masked_lm"
@@ -39,7 +39,8 @@ class ClozeHead(Head):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
         named = " ".join(getattr(config, "architectures", None) or ())
-        if "ForMaskedLM" in named or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and "CausalLM" not in named):
+        masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and "CausalLM" not in named
+        if masked or "ForMaskedLM" in named:
             return "masked_lm"
         return "causal_lm" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else self.auto
 
@@ -48,16 +49,25 @@ class ClozeHead(Head):
         if not labels:
             raise UserError(f"ClozeHead answers with label words, and the task {task.name} has no labels.")
         if self.template.count(GAP) != 1 or self.template.count(TEXT) != 1:
-            raise UserError(f'ClozeHead: the template "{self.template}" must hold {TEXT} and {GAP} once each.')
+            raise UserError(
+                f'ClozeHead: the template "{self.template}" must hold {TEXT} and {GAP} once each.'
+            )
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
             raise UserError(
-                f"ClozeHead needs a language model, and {type(model).__name__} has no output layer over words; use ClassHead()."
+                f"ClozeHead needs a language model, and {type(model).__name__} has no output layer over "
+                "words; use ClassHead()."
             )
         causal = self.auto_for(getattr(model, "config", None)) == "causal_lm"
         if causal and self.template.index(GAP) < self.template.index(TEXT):
-            raise UserError(f'ClozeHead: for a causal model {GAP} must come after {TEXT} in "{self.template}".')
+            raise UserError(
+                f'ClozeHead: for a causal model {GAP} must come after {TEXT} in "{self.template}".'
+            )
         if not causal and tokenizer.mask_token is None:
             raise UserError("ClozeHead: the tokenizer of this masked language model has no mask token.")
+        if causal and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+            raise UserError(
+                "ClozeHead: this tokenizer ends each text with an end token, so that no gap can follow."
+            )
         self.mask = "" if causal else tokenizer.mask_token
         self.mask_id = None if causal else int(tokenizer.mask_token_id)
         self.words = self._word_tokens(labels, tokenizer)
@@ -66,7 +76,9 @@ class ClozeHead(Head):
         given = {str(k): v for k, v in (self.verbalizer or {}).items()} or {label: label for label in labels}
         for label in given:
             if label not in labels:
-                raise UserError(f'ClozeHead: the verbalizer has "{label}", which is no label{did_you_mean(label, labels)}')
+                raise UserError(
+                    f'ClozeHead: the verbalizer has "{label}", which is no label{did_you_mean(label, labels)}'
+                )
         found: dict[int, str] = {}
         for label in labels:
             if label not in given:
@@ -86,34 +98,30 @@ class ClozeHead(Head):
         if whole[: len(start)] != start or len(rest) != 1 or rest[0] == tokenizer.unk_token_id:
             shown = "unknown" if tokenizer.unk_token_id in rest else f"{len(rest)} tokens"
             raise UserError(
-                f'ClozeHead: the word "{word}" of the label "{label}" is {shown} in this tokenizer and must be one '
-                f'token; choose another with verbalizer={{"{label}": "..."}}.'
+                f'ClozeHead: the word "{word}" of the label "{label}" is {shown} in this tokenizer and must '
+                f'be one token; choose another with verbalizer={{"{label}": "..."}}.'
             )
         return int(rest[0])
 
-    def render(self, row_text: str, tokenizer: Any = None, max_length: int | None = None) -> str:
-        """The row inside the template. With a tokenizer and a length the text is cut so that all of it fits."""
+    def render(self, row_text: str) -> str:
+        """The row inside the template; only the template's own {mask} is replaced, never one in the text."""
         if self.mask is None:
-            raise UserError("ClozeHead is not set up: it learns its mask token from the task's tokenizer first.")
+            raise UserError("ClozeHead learns its mask token from a tokenizer first: call setup.")
         start, _, end = self.template.partition(TEXT)
-        if tokenizer is not None and max_length is not None:
-            row_text = _cut(row_text, self._filled(start, end, ""), tokenizer, max_length)
-        return self._filled(start, end, row_text)
-
-    def _filled(self, start: str, end: str, text: str) -> str:
-        """Only the template's own {mask} is replaced, never one inside the text."""
         if not self.mask:
-            return (start + text + end.partition(GAP)[0]).rstrip()
-        return start.replace(GAP, self.mask) + text + end.replace(GAP, self.mask)
+            return (start + row_text + end.partition(GAP)[0]).rstrip()
+        return start.replace(GAP, self.mask) + row_text + end.replace(GAP, self.mask)
 
     def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
         logits: Tensor = outputs.logits
         ids: Tensor = batch.inputs["input_ids"]
-        mask = sequence_mask(batch.inputs, ids.shape, logits)
+        mask = sequence_mask(batch.inputs, ids.shape, logits.device)
         here = mask if self.mask_id is None else mask & (ids == self.mask_id)
         lost = (~here.any(1)).nonzero()
         if len(lost):
-            raise UserError(f"Row {batch.ids[int(lost[0])]}: the gap of the template was cut off; raise max_length.")
+            raise UserError(
+                f"Row {batch.ids[int(lost[0])]}: the gap of the template was cut off; raise max_length."
+            )
         positions = torch.arange(ids.shape[1], device=ids.device)
         if self.template.index(GAP) > self.template.index(TEXT):
             at = torch.where(here, positions, 0).amax(1)
@@ -121,13 +129,3 @@ class ClozeHead(Head):
             at = torch.where(here, positions, ids.shape[1]).amin(1)
         at = at + logits.shape[1] - ids.shape[1]  # soft prompts stand in front
         return logits[torch.arange(len(ids), device=ids.device), at][:, self.words].float()
-
-
-def _cut(text: str, frame: str, tokenizer: Any, max_length: int) -> str:
-    room = max_length - len(tokenizer(frame)["input_ids"])
-    if room < 1:
-        raise UserError(f"ClozeHead: max_length={max_length} leaves no room for text beside the template.")
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if len(tokens["input_ids"]) <= room:
-        return text
-    return text[: tokens["offset_mapping"][room - 1][1]].rstrip()

@@ -24,4 +24,6 @@ class LMHead(Head):
     def setup(self, task: Any, tokenizer: Any, model: nn.Module) -> None:
         layer = getattr(model, "get_output_embeddings", lambda: None)()
         if layer is None:
-            raise UserError(f"LMHead: {type(model).__name__} has no output layer over words; load it as a causal model.")
+            raise UserError(
+                f"LMHead: {type(model).__name__} has no output layer over words; load it as a causal model."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ __all__ = ["PooledHead", "pool"]
 
 
 class PooledHead(Head):
-    """logits = W pool(h) + b, with W `[classes, hidden]` and b `[classes]` zero at the start, computed in float32.
+    """logits = W pool(h) + b in float32, with W `[classes, hidden]` and b `[classes]` zero at the start.
 
     pooling  "mean" of the real tokens, the "first" of them (BERT's [CLS]) or the "last" one (decoders)
     outputs  number of classes; learnt from the task
@@ -30,7 +31,9 @@ class PooledHead(Head):
 
     def setup(self, task: Any, tokenizer: Any, model: nn.Module) -> None:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise UserError(f"PooledHead cannot read {type(model).__name__}, an encoder-decoder: use ClassHead().")
+            raise UserError(
+                f"PooledHead cannot read {type(model).__name__}, an encoder-decoder: use ClassHead()."
+            )
         hidden_size(model, "PooledHead")
         self.outputs = len(label_names(task)) or 1
 
@@ -41,20 +44,20 @@ class PooledHead(Head):
         weight, bias = torch.zeros(self.outputs, width), torch.zeros(self.outputs)
         return {"weight": P(weight, tag="head"), "bias": P(bias, tag="head")}
 
-    def formula(self, site: Site) -> int:
+    def formula(self, site: Site, taps: Sequence[Site] = ()) -> int:
         return (self.outputs or 0) * (hidden_size(site.module, "PooledHead") + 1)
 
     def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
         hidden: Tensor = outputs.last_hidden_state
         if hidden.dim() == 4:  # convolutional maps [rows, channels, height, width]
             hidden = hidden.flatten(2).transpose(1, 2)
-        mask = sequence_mask(batch.inputs, hidden.shape[:2], hidden)
+        mask = sequence_mask(batch.inputs, hidden.shape[:2], hidden.device)
         hidden = hidden[:, -mask.shape[1] :]  # soft prompts stand in front and are no part of the text
         return pool(hidden.float(), mask, self.pooling) @ t.weight.T + t.bias
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
-    """`[rows, tokens, hidden]`, bool mask `[rows, tokens]` -> `[rows, hidden]`; a row without tokens gives zeros."""
+    """`[rows, tokens, hidden]`, bool mask `[rows, tokens]` -> `[rows, hidden]`; zeros for an empty row."""
     if how == "mean":
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)

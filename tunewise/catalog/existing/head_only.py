@@ -2,7 +2,7 @@
 
 from tunewise.core.method import method
 from tunewise.core.recipe import Recipe
-from tunewise.head.class_head import ClassHead
+from tunewise.head import ClassHead
 
 
 @method("head_only", title="Head-only tuning", lr=(3e-4, 3e-3, 1e-2))

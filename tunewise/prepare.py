@@ -1,0 +1,135 @@
+"""From what a user names (model, data, method) to what a run needs: recipe, task, rows, loaded model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tunewise.core.compat import check
+from tunewise.core.errors import UserError
+from tunewise.core.method import read_recipe
+from tunewise.core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tunewise.data import Splits
+    from tunewise.task import Task
+
+__all__ = ["Data", "Prepared", "complete", "encode", "load_base", "prepare_data"]
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Data:
+    """Rows in three sets, the task they stand for, and where they came from."""
+
+    task: Task
+    splits: Splits
+    name: str
+    sha256: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Prepared:
+    """A loaded base model with the task's examples; `base` is what run.json says about the model."""
+
+    model: nn.Module
+    tokenizer: Any
+    recipe: Recipe
+    data: Data
+    base: dict[str, Any]
+    own_model: bool = False
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def prepare_data(
+    data: Any, *, task: Any = None, train: Any = None, valid: Any = None, test: Any = None, text_column: Any = None,
+    label_column: str | None = None, metric: Any = None, max_length: int | None = None, skip_bad_rows: bool = False,
+    say: Say,
+) -> Data:  # fmt: skip
+    """Reads, detects, splits and fits the task; everything that was decided is said."""
+    from tunewise.data import detect_columns, read_rows, split_rows, usable_rows
+    from tunewise.task import Task as TaskClass
+    from tunewise.task import make_task
+
+    given = {"train": train, "valid": valid, "test": test}
+    given = {k: v for k, v in given.items() if v is not None}
+    if given and "train" not in given:
+        if data is None:
+            raise UserError("Rows to train on are missing: give DATA or --train.")
+        given = {"train": data, **given}
+    rows = read_rows(given or data, skip_bad_rows=skip_bad_rows)
+    if isinstance(task, TaskClass):
+        columns, made = task.columns, task
+    else:
+        columns = detect_columns(rows, task=task, text_column=text_column, label_column=label_column)
+        made = make_task(None, columns, max_length=max_length, metric=metric)
+    rows = usable_rows(rows, columns, skip_bad_rows=skip_bad_rows)
+    splits = split_rows(rows, columns)
+    made.fit(splits.train)
+    notes = list(dict.fromkeys([*rows.notes, *columns.notes, *splits.notes]))
+    for note in notes:
+        say(note)
+    return Data(made, splits, rows.name, rows.sha256, notes)
+
+
+def complete(method: Any, task: Task | None, config: Any) -> Recipe:
+    """The recipe with the slots filled that every run needs, checked before anything is loaded."""
+    from tunewise.loop.single import Single
+    from tunewise.objective.task_loss import TaskLoss
+    from tunewise.optim.adamw import AdamW
+
+    recipe = read_recipe(method)
+    head = task.default_head(config) if task is not None else None
+    recipe = recipe.with_defaults(head=head, objective=TaskLoss(), optimizer=AdamW(), loop=Single())
+    check(recipe)
+    return recipe.fresh()
+
+
+def load_base(
+    model: Any, tokenizer: Any, method: Any, data: Data, device: Any, say: Say, *, meta: bool = False
+) -> Prepared:
+    """Loads the base model as the recipe's head reads it, or takes the user's own module as it is."""
+    import torch
+
+    from tunewise.backbone import backbone_config, load
+
+    task = data.task
+    if isinstance(model, torch.nn.Module):
+        if tokenizer is None:
+            raise UserError("A model given as an object needs its tokenizer: tune((model, tokenizer), ...) or tokenizer=.")
+        recipe = complete(method, task, getattr(model, "config", None))
+        prepared = Prepared(model.to(device), tokenizer, recipe, data, {"name": None, "class": type(model).__name__}, True)
+    else:
+        config = backbone_config(model)
+        recipe = complete(method, task, config)
+        head: Any = recipe.single("head")
+        auto = head.auto_for(copy.deepcopy(config))
+        labels = list(getattr(task, "labels", None) or []) if "classification" in auto else None
+        regression = task.name == "regression" and "classification" in auto
+        loaded, tokenizer = load(model, auto=auto, labels=labels, regression=regression, device=device, meta=meta, note=say)
+        base = {"name": str(model), "auto": auto, "labels": labels, "regression": regression}
+        prepared = Prepared(loaded, tokenizer, recipe, data, base)
+    task.bind(prepared.model.config)  # type: ignore[arg-type]
+    for head in prepared.recipe["head"]:
+        head.setup(task, prepared.tokenizer, prepared.model)  # type: ignore[attr-defined]
+    return prepared
+
+
+def encode(prepared: Prepared, names: tuple[str, ...], say: Say) -> None:
+    """Token ids of the named sets; truncated rows are counted aloud."""
+    task, head = prepared.data.task, prepared.recipe.single("head")
+    for name in names:
+        rows = prepared.data.splits[name]
+        if rows:
+            prepared.examples[name] = task.encode(rows, prepared.tokenizer, head)
+    for note in dict.fromkeys(task.notes):
+        say(note)
+    task.notes.clear()
+
+

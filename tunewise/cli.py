@@ -66,10 +66,10 @@ def _sentence(error: cyclopts.CycloptsError, tokens: Sequence[str]) -> str:
         return _missing(error, command)
     if isinstance(error, cyclopts.CoercionError) and token is not None:
         option = token.keyword or (error.argument.name if error.argument is not None else "")
-        choices = [str(c) for c in get_args(error.target_type)]
-        if choices:
-            return f'{command}: {option} takes {" or ".join(choices)}, not "{token.value}".'
-        wanted = KINDS.get(error.target_type, "another kind of value")
+        kinds = [k for k in get_args(error.target_type) if k is not type(None)] or [error.target_type]
+        wanted = " or ".join(
+            KINDS.get(k, k if isinstance(k, str) else "another kind of value") for k in kinds
+        )
         return f'{command}: {option} takes {wanted}, not "{token.value}".'
     unused = [t for t in error.unused_tokens or [] if t]
     if unused:
@@ -103,12 +103,12 @@ def _missing(error: cyclopts.MissingArgumentError, command: str) -> str:
 
 def _unexpected(error: BaseException) -> str:
     """Where the whole traceback was written, so that the terminal shows one sentence."""
-    file = tempfile.NamedTemporaryFile("w", prefix="tunewise-", suffix=".log", delete=False, encoding="utf-8")
-    with file:
+    handle, name = tempfile.mkstemp(prefix="tunewise-", suffix=".log", text=True)
+    with open(handle, "w", encoding="utf-8") as file:
         traceback.print_exception(error, file=file)
     first = " ".join(str(error).split())[:300]
     return (
-        f"unexpected {type(error).__name__}: {first} (the whole traceback is in {file.name}; "
+        f"unexpected {type(error).__name__}: {first} (the whole traceback is in {name}; "
         "TUNEWISE_DEBUG=1 shows it here)."
     )
 

@@ -68,7 +68,7 @@ def prepare_data(
         columns, made = task.columns, task
     else:
         columns = detect_columns(rows, task=task, text_column=text_column, label_column=label_column)
-        made = make_task(None, columns, max_length=max_length, metric=metric)
+        made = make_task(columns.task, columns, max_length=max_length, metric=metric)
     rows = usable_rows(rows, columns, skip_bad_rows=skip_bad_rows)
     splits = split_rows(rows, columns)
     made.fit(splits.train)

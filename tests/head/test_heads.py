@@ -67,6 +67,9 @@ def test_class_head_of_a_plain_module() -> None:
     model.add_module("body", nn.Linear(3, 4))
     model.add_module("fc", nn.Linear(4, 2))
     assert set(ClassHead().existing(model)) == {"fc.weight", "fc.bias"}
+    assert set(ClassHead(modules="body").existing(model)) == {"body.weight", "body.bias"}
+    with pytest.raises(UserError, match='no module "bodi"; did you mean "body"'):
+        ClassHead(modules=["fc", "bodi"]).existing(model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "roberta", "llama", "t5"])
@@ -74,7 +77,7 @@ def test_class_head_refuses_language_models(name: str) -> None:
     with pytest.raises(UserError, match="has no classification head"):
         ClassHead().existing(tiny(name))
     with pytest.raises(UserError, match="has no classification head"):
-        ClassHead().existing(tiny(name).get_submodule(tiny(name).base_model_prefix or "encoder"))
+        ClassHead().existing(tiny(name).base_model)  # type: ignore[arg-type]
 
 
 def test_class_head_checks_the_number_of_classes() -> None:
@@ -156,7 +159,9 @@ def test_pooled_head_with_soft_prompts_in_front() -> None:
 def test_pooled_head_reads_convolutional_maps() -> None:
     t = SimpleNamespace(weight=torch.eye(4), bias=torch.zeros(4))
     maps = torch.randn(2, 4, 3, 3)
-    found = PooledHead(outputs=4).logits(t, SimpleNamespace(last_hidden_state=maps), batch({"pixel_values": maps}))
+    found = PooledHead(outputs=4).logits(
+        t, SimpleNamespace(last_hidden_state=maps), batch({"pixel_values": maps})
+    )
     assert torch.allclose(found, maps.mean((2, 3)), atol=1e-6)
 
 

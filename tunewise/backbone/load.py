@@ -114,10 +114,9 @@ def _plainly(source: Source, what: str) -> Iterator[None]:
 def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
+    options = {"trust_remote_code": False, "local_files_only": source.local}
     with _plainly(source, "a model configuration"):
-        return AutoConfig.from_pretrained(
-            source.place, trust_remote_code=False, local_files_only=source.local
-        )
+        return AutoConfig.from_pretrained(source.place, **options)
 
 
 def _put_labels(config: Any, labels: Sequence[Any] | None, regression: bool) -> None:

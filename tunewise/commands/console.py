@@ -14,9 +14,17 @@ from cyclopts import Parameter
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Flag", "Output", "number", "settings", "table"]
+__all__ = ["Flag", "Output", "Whole", "number", "settings", "table"]
 
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+
+
+def _whole(_: Any, tokens: Sequence[Any]) -> int:
+    """Strict: 2.5 is refused, where rounding it would run something else than was asked for."""
+    return int(tokens[0].value)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
 
 
 @Parameter(name="*")
@@ -44,7 +52,7 @@ class Output:
             self.console.print(sentence, markup=False)
 
     def result(self, value: Any, *, human: Any = None) -> None:
-        """The result: JSON under `--json`, else `human` (printable by rich), else sorted `name  value` lines."""
+        """The result: JSON under `--json`, else `human` (printable by rich), else `name  value` lines."""
         if self.json:
             print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
         elif human is not None:

@@ -36,17 +36,24 @@ def doctor(
     """Test this environment, and with MODEL also that it loads, runs and shows its sites."""
     from tunewise.core.errors import RunError
 
-    checks: list[Callable[[], Finding]] = [_python, _packages, _torchvision, _device, _memory, _cache, _assets]
+    checks: list[Callable[[], Finding]] = [
+        _python,
+        _packages,
+        _torchvision,
+        _device,
+        _memory,
+        _cache,
+        _assets,
+    ]
     if model is not None:
         checks.append(lambda: _model(model))
     found = []
     for check in checks:
         name, good, text = check()
         found.append({"check": name, "good": good, "found": text})
-        if not output.json:
-            # The findings are the result of this command, so `--quiet` leaves out the good ones only.
-            if not good or not output.quiet:
-                output.console.print(f"{'ok ' if good else 'BAD'}  {name:<12} {text}", markup=False)
+        # The findings are the result of this command, so `--quiet` leaves out the good ones only.
+        if not output.json and not (good and output.quiet):
+            output.console.print(f"{'ok ' if good else 'BAD'}  {name:<12} {text}", markup=False)
     if output.json:
         output.result(found)
     bad = [f["check"] for f in found if not f["good"]]
@@ -141,7 +148,11 @@ def _model(name: str) -> Finding:
     size = sum(p.numel() for p in model.parameters())
     folder = f" from {name}" if Path(name).exists() else ""
     kind = type(model).__name__
-    return "model", bool(kinds), f"{kind}{folder}, {size:,} parameters, loaded in {loaded:.1f} s; sites: {counts}"
+    return (
+        "model",
+        bool(kinds),
+        f"{kind}{folder}, {size:,} parameters, loaded in {loaded:.1f} s; sites: {counts}",
+    )
 
 
 def _inputs(model: Any, tokenizer: Any) -> dict[str, Any]:

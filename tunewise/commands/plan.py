@@ -1,4 +1,4 @@
-"""What a recipe will do, before it does it: parts, call order, and on a model its sites, tensors and counts."""
+"""What a recipe will do: its parts, the call order, and on a model its sites, tensors and counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVENT_WORDS = {
 
 
 def plan_of(recipe: Recipe, handle: Handle | None = None) -> dict[str, Any]:
-    """JSON-ready: method, parts, calls (event -> parts in order); with a handle sites, tensors, trainable, total."""
+    """JSON-ready: method, parts, calls (event -> parts in order); with a handle sites, tensors, counts."""
     from tunewise.core.lifecycle import call_order
     from tunewise.core.part import describe_part
 
@@ -82,7 +82,9 @@ def plan_view(plan: dict[str, Any], most: int = 24) -> Any:
     elif rates:
         facts["learning rate"] = " | ".join(number(rate) for rate in rates) + "  (low | default | high)"
     if "trainable" in plan:
-        share = f" of {plan['total']:,} ({plan['trainable'] / plan['total']:.2%})" if plan.get("total") else ""
+        share = (
+            f" of {plan['total']:,} ({plan['trainable'] / plan['total']:.2%})" if plan.get("total") else ""
+        )
         facts["trainable"] = f"{plan['trainable']:,}{share}"
     shown.append(settings(facts))
     if plan.get("parts"):
@@ -95,8 +97,8 @@ def plan_view(plan: dict[str, Any], most: int = 24) -> Any:
         names = ["name", "kind", "role", "in", "out", "part"]
         shown.append(_some("sites", names, plan["sites"], most))
     if plan.get("tensors"):
-        rows = [{**t, "shape": " x ".join(map(str, t["shape"]))} for t in plan["tensors"]]
-        shown.append(_some("tensors", ["name", "shape", "tag", "count"], rows, most))
+        tensors = [{**t, "shape": " x ".join(map(str, t["shape"]))} for t in plan["tensors"]]
+        shown.append(_some("tensors", ["name", "shape", "tag", "count"], tensors, most))
     calls = [
         [f"{index}. {event}", EVENT_WORDS.get(event, ""), ", ".join(names)]
         for index, (event, names) in enumerate((plan.get("calls") or {}).items(), start=1)

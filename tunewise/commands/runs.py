@@ -51,7 +51,9 @@ def predict(
 
 def evaluate(
     run: Run,
-    data: Annotated[str | None, Parameter(help="Rows with labels; the run's own test rows if not given.")] = None,
+    data: Annotated[
+        str | None, Parameter(help="Rows with labels; the run's own test rows if not given.")
+    ] = None,
     /,
     *,
     output: Output = QUIET,

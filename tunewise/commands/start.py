@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from .console import Flag, Output, settings
+from .console import Flag, Output, Whole, settings
 
 __all__ = ["demo", "tune"]
 
@@ -34,7 +34,8 @@ def demo(
 def tune(
     model: Annotated[str, Parameter(help="A folder, a demo name (minilm) or a hub id.")],
     data: Annotated[
-        str | None, Parameter(help="A file, a folder, a demo name (reviews) or a datasets id; or see --train.")
+        str | None,
+        Parameter(help="A file, a folder, a demo name (reviews) or a datasets id; or see --train."),
     ] = None,
     /,
     *,
@@ -47,18 +48,18 @@ def tune(
     label_column: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
     metric: Annotated[str | None, Parameter(help="Metric that decides which checkpoint is best.")] = None,
     lr: Annotated[float | None, Parameter(help="Learning rate; each method has a default.")] = None,
-    batch_size: Annotated[int | None, Parameter(help="Rows per optimizer step.")] = None,
+    batch_size: Annotated[Whole | None, Parameter(help="Rows per optimizer step.")] = None,
     epochs: Annotated[float | None, Parameter(help="Passes over the training rows.")] = None,
-    steps: Annotated[int | None, Parameter(help="Optimizer steps, instead of epochs.")] = None,
-    max_length: Annotated[int | None, Parameter(help="Longest row in tokens.")] = None,
+    steps: Annotated[Whole | None, Parameter(help="Optimizer steps, instead of epochs.")] = None,
+    max_length: Annotated[Whole | None, Parameter(help="Longest row in tokens.")] = None,
     dtype: Annotated[str | None, Parameter(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    seed: Annotated[int, Parameter(help="Decides order, dropout and start values.")] = 0,
+    seed: Annotated[Whole, Parameter(help="Decides order, dropout and start values.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the run; needed for --resume.")] = None,
     resume: Annotated[Flag, Parameter(help="Go on where a stopped run stopped.")] = False,
     dry_run: Annotated[Flag, Parameter(help="Show sites, tensors, counts, call order.")] = False,
     skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False,
-    checkpoint_every: Annotated[int | None, Parameter(help="Steps between checkpoints.")] = None,
+    checkpoint_every: Annotated[Whole | None, Parameter(help="Steps between checkpoints.")] = None,
     set_: Annotated[
         list[str] | None,
         Parameter(name="--set", negative="", help="name=value: another option of the loop; repeatable."),
@@ -77,23 +78,22 @@ def tune(
     """
     from tunewise.core.errors import UserError
 
-    own = {k: v for k, v in {"train": train, "valid": valid, "test": test}.items() if v is not None}
-    if data is None and "train" not in own:
+    if data is None and train is None:
         raise UserError("tune needs DATA, or --train with a file of rows.")
+    options = read_options(set_ or [])
     from tunewise.tune import tune as run_tune
 
     result = run_tune(
-        model, own if data is None else data, method=method, task=task, train=None if data is None else train,
-        valid=None if data is None else valid, test=None if data is None else test, text_column=text_column,
+        model, data, method=method, task=task, train=train, valid=valid, test=test, text_column=text_column,
         label_column=label_column, metric=metric, lr=lr, batch_size=batch_size, epochs=epochs, steps=steps,
         max_length=max_length, dtype=dtype, device=device, seed=seed, out=out, resume=resume, dry_run=dry_run,
-        skip_bad_rows=skip_bad_rows, checkpoint_every=checkpoint_every, options=read_options(set_ or []),
+        skip_bad_rows=skip_bad_rows, checkpoint_every=checkpoint_every, options=options,
         say=output.say, progress=output.progress,
     )  # fmt: skip
     if dry_run:
         from .plan import plan_view
 
-        output.result(result.plan, human=plan_view(result.plan))
+        output.result(result.plan, human=plan_view(result.plan or {}))
         return
     output.result(result.summary(), human=settings(result.metrics))
     if result.directory is not None:

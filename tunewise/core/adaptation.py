@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, SiteDelta, TapBuffer, forms
+from .delta import Delta, SiteDelta, TapBuffer, device_of, forms, keeps_in_out
 from .errors import UserError
 from .forward import is_quantized
 from .plans import rebuild
@@ -90,6 +90,8 @@ class Adaptation:
         self.existing: dict[str, Existing] = {}
         self.owned: dict[str, SiteDelta] = {}
         self.committed: dict[str, tuple[Tensor, Tensor]] = {}
+        self.moved: dict[str, Tensor] = {}
+        self.built = False
         self.merged: dict[str, Tensor] | None = None
         self._training: dict[str, bool] = {}
         self.attention: str | None = None
@@ -121,6 +123,7 @@ class Adaptation:
         self.activate()
         for _, part in self.deltas if start else ():
             part.attached(self)
+        self.built = True
 
     def _build_part(self, key: str, part: Delta, everything: list[Site]) -> None:
         if "model" in part.kinds:
@@ -139,9 +142,9 @@ class Adaptation:
         taps = with_widths(select(everything, part.taps, kinds=TAPPED), everything) if part.taps else []
         if taps and len(chosen) != 1:
             raise UserError(
-                f"{type(part).__name__} writes one site; sites={part.sites!r} selects {len(chosen)}."
+                f"{type(part).__name__} writes one site; sites={getattr(part, 'sites', 'all')!r} selects {len(chosen)}."
             )  # type: ignore[attr-defined]
-        for site in chosen if forms(part) or part.slot == "head" else ():
+        for site in chosen if set(forms(part)) - {"existing"} or part.slot == "head" else ():
             tensors = part.side_tensors(site, taps) if taps else part.tensors(site)
             t = SiteDelta(part, site, tensors, self.dtype)
             t._shared = () if owner is None else (owner,)
@@ -175,10 +178,16 @@ class Adaptation:
                 raise UserError(
                     f"{type(part).__name__} cannot train {name}: its values are {original.dtype} codes."
                 )
+            if original.is_meta and device_of(self.model).type != "meta":
+                raise UserError(f"{name} is offloaded and cannot be trained there: attach first, then offload.")
             if any(e.original is original for e in self.existing.values()):
                 continue
             where = [n for n, p in params.items() if p is original]
             places = [(self.model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in where]
+            if places[0][1] == "weight" and is_quantized(places[0][0]):
+                raise UserError(
+                    f"{type(part).__name__} cannot train {name}: it is quantized; load the base model unquantized, or use lora."
+                )
             ours = nn.Parameter(original.detach().clone()) if self.undo else original
             self.existing[name] = Existing(places, original, ours, tag, key, part)
 
@@ -252,7 +261,7 @@ class Adaptation:
 
     def buffers(self) -> dict[str, Tensor]:
         """Saved tensors that are not trained (indices, frozen projections)."""
-        found = {}
+        found: dict[str, Tensor] = {}
         pairs = [(f"shared.{k}", t) for k, t in self.owned.items()]
         pairs += [(f"{s.name}.{k}" if s.name else k, t) for k, s, t in self.sites]
         for prefix, t in pairs:
@@ -289,15 +298,19 @@ class Adaptation:
 
     def commit(self, site: Site, change: Tensor) -> None:
         """W <- W + change, `[out, in]`: the only way a base tensor is written; `detach` undoes it bit by bit."""
-        name = f"{site.name}.weight"
+        name = site.name if site.parameter else f"{site.name}.weight"
         weight = site.module.get_parameter(site.parameter or "weight")
         if is_quantized(site.module):
             raise UserError(f"{site.name} is quantized: its weight cannot take a change without loss.")
-        change = change.transpose(-1, -2) if site.transposed else change
         if name not in self.committed:
             self.committed[name] = (weight, weight.detach().clone())
+        if self.built and name not in self.moved:  # from now on part of what has been learnt
+            at_start = torch.equal(weight, self.committed[name][1])
+            self.moved[name] = self.committed[name][1] if at_start else weight.detach().clone()
         with torch.no_grad():
-            weight.add_(change.to(weight.dtype))
+            mine = weight.transpose(-1, -2) if keeps_in_out(site) else weight
+            change = change.to(weight.device, weight.dtype)
+            mine.add_(change) if site.rows is None else mine.index_add_(-2, site.rows, change)
 
     def detach(self) -> None:
         """Takes everything away; the base is bit-equal to what it was. Raises `UserError` where it no longer can be."""

@@ -92,20 +92,25 @@ def set_prefixes(model: nn.Module, prefixes: dict[nn.Module, list[SiteDelta]]) -
         module.__dict__.pop("tw_prefixes", None)
     for module, ts in prefixes.items():
         module.__dict__["tw_prefixes"] = tuple(ts)
-    configs = {
+    configs: dict[int, Any] = {
         id(m.config): m.config
         for m in model.modules()
         if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
-    for config in configs.values():
-        current = config._attn_implementation
-        if prefixes and current != NAME:
+    own: list[str | None] | None = model.__dict__.get("tw_attention")  # not in the config: that one is saved
+    if prefixes and own is None:
+        own = [c._attn_implementation for c in configs.values()]
+        for current in own:
             if current not in ("sdpa", "eager", None):
                 raise UserError(f'Prefixes need sdpa attention, not "{current}"; load the model with it.')
-            _register()
-            config.tw_attention, config._attn_implementation = current, NAME
-        elif not prefixes and current == NAME:
-            config._attn_implementation = config.__dict__.pop("tw_attention")
+        _register()
+        model.__dict__["tw_attention"] = own
+        for config in configs.values():
+            config._attn_implementation = NAME
+    elif not prefixes and own is not None:
+        for config, current in zip(configs.values(), own, strict=True):
+            config._attn_implementation = current
+        del model.__dict__["tw_attention"]
 
 
 def _register() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -108,10 +109,10 @@ def save_tree(folder: Path, tree: dict[str, Any]) -> None:
         (part / "state.json").write_text(json.dumps(plain), encoding="utf-8")
         _sync(part / "tensors.safetensors")
         _sync(part / "state.json")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(
-            f"{folder} cannot be written: {error.strerror or error}; the last good checkpoint is kept."
+            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}; the last good checkpoint is kept."
         ) from None
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
@@ -129,7 +130,7 @@ def load_tree(folder: Path) -> dict[str, Any]:
     try:
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "tensors.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is no readable checkpoint: {error}.") from None
     if plain.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {plain.get('format')}; this version reads {FORMAT}.")

@@ -13,7 +13,7 @@ from .errors import UserError
 from .part import Part
 from .site import Site
 
-__all__ = ["ORDER", "P", "Delta", "SiteDelta", "TapBuffer", "forms", "keeps_in_out"]
+__all__ = ["ORDER", "P", "Delta", "SiteDelta", "TapBuffer", "device_of", "forms", "keeps_in_out"]
 
 ORDER = ("mask", "multiply", "add", "prune", "quantize")
 FORMS = ("input", "weight", "output", "product", "around", "read", "keys", "existing")
@@ -122,6 +122,17 @@ def forms(delta: Part) -> tuple[str, ...]:
     return tuple(f for f in FORMS if getattr(type(delta), f, None) is not getattr(Delta, f))
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes: with accelerate's offload that is not where its (meta) parameters say."""
+    found = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for inner in module.modules() if found.type == "meta" else ():
+        hook = getattr(inner, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return found
+
+
 class TapBuffer:
     """What the tapped sites left in this forward, in site order; shared by the taps and their reader."""
 
@@ -170,8 +181,13 @@ class SiteDelta(nn.Module):
         self._root = (site.module,)  # in a tuple: a module attribute would be registered as a child
         self.meta = {name: (p.tag, p.axis, p.trainable, p.saved) for name, p in tensors.items()}
         self.register_buffer("rows", site.rows, persistent=False)
-        device = next((p.device for p in site.module.parameters(recurse=True)), torch.device("cpu"))
+        device = device_of(site.module)
         for name, p in tensors.items():
+            if p.value.is_meta and device.type != "meta":
+                raise UserError(
+                    f"{type(part).__name__} starts from weights of {site.name or 'the model'} that are offloaded: "
+                    "attach it first, then offload."
+                )
             floating = p.value.is_floating_point()
             value = p.value.detach().to(device=device, dtype=dtype if floating else None)
             if value.data_ptr() == p.value.data_ptr() and value.numel():
@@ -202,7 +218,7 @@ class SiteDelta(nn.Module):
             moved = fn(value)
             return moved if moved.dtype == value.dtype else value.to(moved.device)
 
-        super()._apply(keep, recurse)
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:

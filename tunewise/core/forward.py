@@ -39,6 +39,12 @@ class Plan:
     reads: tuple[SiteDelta, ...] = ()
     taps: tuple[tuple[TapBuffer, str, bool], ...] = ()
 
+    def deltas(self) -> list[SiteDelta]:
+        """Everything whose tensors are read here."""
+        product = () if self.product is None else (self.product,)
+        mine = (*self.around, *self.inputs, *self.weights, *product, *self.outputs, *self.reads)
+        return [*mine, *(owner for t in mine for owner in t._shared)]
+
     def __bool__(self) -> bool:
         return any(
             (self.around, self.inputs, self.weights, self.product, self.outputs, self.reads, self.taps)
@@ -50,6 +56,8 @@ def is_quantized(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return False
+    if type(weight) in (nn.Parameter, Tensor):  # answered first: compilers break their graph at what follows
+        return not weight.is_floating_point()
     return (
         not weight.is_floating_point()
         or hasattr(weight, "quant_state")
@@ -60,11 +68,11 @@ def is_quantized(module: nn.Module) -> bool:
 
 def read_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     """The weight as real numbers, never as integer codes."""
-    weight: Tensor = getattr(module, parameter)
+    weight: Any = getattr(module, parameter)
     if not is_quantized(module):
-        return weight
+        return weight  # type: ignore[no-any-return]
     if type(weight).__module__.startswith("torchao"):
-        return weight.dequantize()
+        return weight.dequantize()  # type: ignore[no-any-return]
     from bitsandbytes import functional  # type: ignore[import-not-found,unused-ignore]
 
     if getattr(weight, "quant_state", None) is not None:
@@ -98,7 +106,9 @@ def swapped(module: nn.Module, new: dict[str, Tensor]) -> Iterator[None]:
 
 
 def _count(t: SiteDelta) -> None:
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        t.calls = 1  # a constant: reading it would compile anew at every call
+    else:
         t.calls += 1
 
 
@@ -112,7 +122,21 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.plan:
             return self.base(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            offloaded = [t for t in self.plan.deltas() if "_hf_hook" in t.__dict__]
+            if offloaded:
+                return self._fetched(offloaded, *args, **kwargs)
         return self._around(0, *args, **kwargs)
+
+    def _fetched(self, offloaded: list[SiteDelta], *args: Any, **kwargs: Any) -> Any:
+        """accelerate has offloaded the deltas too, and brings tensors back only for calls, which deltas never get."""
+        for t in offloaded:
+            t._hf_hook.pre_forward(t)
+        try:
+            return self._around(0, *args, **kwargs)
+        finally:
+            for t in offloaded:
+                t._hf_hook.post_forward(t, None)
 
     def _around(self, depth: int, *args: Any, **kwargs: Any) -> Any:
         if depth == len(self.plan.around):

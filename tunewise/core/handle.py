@@ -30,6 +30,7 @@ class Handle(Adaptation):
     """An adaptation on a model, in a user's hand. Also reachable as `tw.handles(model)[name]`, on copies too."""
 
     run: Run | None = None
+    _tied: list[tuple[nn.Module, nn.Parameter, bool | None]] = []
 
     @property
     def trainable(self) -> int:
@@ -43,11 +44,15 @@ class Handle(Adaptation):
     def state(self) -> dict[str, Tensor]:
         """name -> tensor, trained and frozen ones, detached but not copied."""
         found = {n: i.tensor.detach() for n, i in self.tensors().items()}
-        return {**found, **{n: b.detach() for n, b in self.buffers().items()}}
+        found |= {n: b.detach() for n, b in self.buffers().items()}
+        return found | {f"commit.{n}": self.committed[n][0].detach() for n in self.moved}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts saved tensors in place, also where their sizes have changed since. Names must agree exactly."""
-        mine = self.state()
+        commits = {n.removeprefix("commit."): v for n, v in state.items() if n.startswith("commit.")}
+        self._load_commits(commits)
+        state = {n: v for n, v in state.items() if not n.startswith("commit.")}
+        mine = {n: v for n, v in self.state().items() if not n.startswith("commit.")}
         for name in mine:
             if name not in state:
                 raise UserError(f"The saved adaptation lacks the tensor {name}.")
@@ -71,6 +76,15 @@ class Handle(Adaptation):
                         value.to(old.device, old.dtype).clone(), requires_grad=old.requires_grad
                     )
                     self.put(name, new)
+
+    @torch.no_grad()
+    def _load_commits(self, values: dict[str, Tensor]) -> None:
+        for name in values.keys() - self.moved.keys():
+            weight = self.model.get_parameter(name)
+            self.committed.setdefault(name, (weight, weight.detach().clone()))
+            self.moved[name] = weight.detach().clone()
+        for name, before in self.moved.items():
+            self.committed[name][0].copy_(values.get(name, before))
 
     def _buffer_place(self, name: str) -> tuple[nn.Module, str]:
         place = self.locate(name)
@@ -106,6 +120,7 @@ class Handle(Adaptation):
         return self.model
 
     def _untie(self) -> None:
+        self._tied = []
         tied = [s for _, s, _ in self.sites if s.tied is not None or s.role == "head"]
         for site in tied:
             weight = site.module._parameters.get("weight")
@@ -117,6 +132,7 @@ class Handle(Adaptation):
             if weight is not None and shared:
                 site.module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
                 config = getattr(self.model, "config", None)
+                self._tied.append((site.module, weight, getattr(config, "tie_word_embeddings", None)))
                 if config is not None:
                     config.tie_word_embeddings = False
 
@@ -127,6 +143,11 @@ class Handle(Adaptation):
             raise UserError(f'The adaptation "{self.name}" is not merged.')
         for name, original in self.merged.items():
             self.model.get_parameter(name).copy_(original)
+        for module, weight, flag in self._tied:
+            module._parameters["weight"] = weight
+            if flag is not None:
+                self.model.config.tie_word_embeddings = flag  # type: ignore[union-attr]
+        self._tied = []
         self.merged, self.active = None, True
         rebuild(self.model)
 

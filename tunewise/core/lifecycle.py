@@ -41,7 +41,7 @@ class Lifecycle:
     def fire(self, event: str, *args: Any) -> Any:
         """Calls the event on every part that defines it; `select` threads its rows through."""
         self.fired[event] += 1
-        result = args[0] if event == "select" else None
+        result: Any = args[0] if event == "select" else None
         for part in self.order[event]:
             if event == "select":
                 result = part.select(self.run, result)

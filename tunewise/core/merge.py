@@ -99,6 +99,8 @@ def materialize(adaptation: Adaptation, name: str | None = None) -> dict[str, Te
     reason = not_mergeable(adaptation)
     if reason:
         raise UserError(reason)
+    if adaptation.existing and not adaptation.undo:
+        raise UserError("The base weights were trained in place without a copy (undo=False): W' - W is not known.")
     was = {t: t.training for _, _, t in adaptation.sites}
     for t in was:
         t.eval()
@@ -117,7 +119,8 @@ def materialize(adaptation: Adaptation, name: str | None = None) -> dict[str, Te
         t.train(mode)
     for key, e in adaptation.existing.items():
         if name is None or key == name:
-            result[key] = (e.ours - e.original).detach().float()
+            moved = (e.ours - e.original).detach().float()
+            result[key] = result[key] + moved if key in result else moved
     return result
 
 

@@ -60,6 +60,9 @@ class Method:
     def __add__(self, other: object) -> Recipe:
         return self() + (other() if isinstance(other, Method) else other)
 
+    def __radd__(self, other: Any) -> Recipe:
+        return other + self()  # type: ignore[no-any-return]
+
     def _unknown(self, key: str) -> str:
         ours = PEFT_SPELLINGS.get(key)
         if ours and (ours.startswith("--") or ours in self.signature.parameters):
@@ -132,6 +135,8 @@ def _options(node: ast.Call, owner: str) -> tuple[list[Any], dict[str, Any]]:
             isinstance(item, ast.Name) and item.id[:1].isupper() and item.id not in ("True", "False", "None")
         ):
             return _part(item)
+        if isinstance(item, ast.List):
+            return [value(one) for one in item.elts]
         return literal(item, f"option of {owner}")
 
     for keyword in node.keywords:
@@ -156,7 +161,7 @@ def _build(node: ast.expr) -> Recipe:
         raise UserError(f'"{source_of(node)}" is not a method; write for example lora(rank=8) + lisa.')
     if name.id[:1].isupper():
         part = _part(node)
-        return Recipe(**{part.slot: part}, name=source_of(node))
+        return Recipe.of(part, source_of(node))
     made = _from_file(name.id) if ".py:" in name.id else get_method(name.id)
     args, options = _options(node, name.id) if isinstance(node, ast.Call) else ([], {})
     return made(*args, **options)
@@ -168,7 +173,7 @@ def read_yaml(text: str, what: str) -> Any:
 
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         pass
 
     number = re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$")
@@ -207,7 +212,7 @@ def read_recipe(given: Any) -> Recipe:
     if isinstance(given, Method):
         return given()
     if isinstance(given, Part):
-        return Recipe(**{given.slot: given}, name=type(given).__name__)
+        return Recipe.of(given)
     where = "The method"
     if isinstance(given, (str, Path)) and str(given).endswith((".yaml", ".yml")):
         if not Path(given).is_file():

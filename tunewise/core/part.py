@@ -23,19 +23,33 @@ __all__ = [
     "LIST_SLOTS",
     "SLOTS",
     "STAGES",
+    "TAGS",
     "Part",
     "build_part",
     "describe_part",
+    "nested",
     "overrides",
     "part_class",
 ]
 
-SLOTS = ("backbone", "delta", "allocate", "head", "objective", "data", "optimizer", "loop")
+SLOTS: tuple[str, ...] = ("backbone", "delta", "allocate", "head", "objective", "data", "optimizer", "loop")
 SLOTS += ("post", "inference", "diagnose")
 LIST_SLOTS = frozenset({"delta", "head", "objective", "data", "post", "inference", "diagnose"})
+TAGS = ("direction", "magnitude", "singular", "gate", "mask", "mix", "scale", "router", "prompt", "head")
+TAGS += ("weight", "bias")
 EVENTS = ("prepare", "select", "before_step", "gradients", "after_step", "boundary", "finish")
 STAGES = ("private", "combine", "observe", "mask", "clip", "project", "rule")
-ROOMS = ("backbone", "delta", "init", "allocate", "head", "objective", "data", "optim", "loop")
+ROOMS: tuple[str, ...] = (
+    "backbone",
+    "delta",
+    "init",
+    "allocate",
+    "head",
+    "objective",
+    "data",
+    "optim",
+    "loop",
+)
 ROOMS += ("post", "inference", "diagnose")
 
 _classes: dict[str, type[Part]] = {}
@@ -62,12 +76,12 @@ class Part:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in cls.__dict__.get("__annotations__", {}):
+        for name, kind in cls.__dict__.get("__annotations__", {}).items():
             default = cls.__dict__.get(name)
-            if isinstance(default, (list, dict)):  # every instance gets its own copy
+            if isinstance(default, (list, dict)) and "ClassVar" not in str(kind):  # every instance has its own
                 setattr(cls, name, dataclasses.field(default_factory=partial(copy.copy, default)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-        pydantic_dataclasses.dataclass(config=config)(cls)  # type: ignore[call-overload]
+        pydantic_dataclasses.dataclass(config=config)(cls)
         inner = cls.__init__
 
         def checked(self: Part, *args: Any, **values: Any) -> None:
@@ -86,7 +100,7 @@ class Part:
                 ) from None
 
         checked.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
-        cls.__init__ = checked  # type: ignore[method-assign]
+        cls.__init__ = checked  # type: ignore[method-assign,assignment]
         _classes[cls.__name__] = cls
 
     @property
@@ -121,6 +135,18 @@ class Part:
 def overrides(part: Part, event: str) -> bool:
     """Whether the part's class defines this event itself."""
     return getattr(type(part), event) is not getattr(Part, event)
+
+
+def nested(part: Part) -> list[Part]:
+    """The part and the parts among its options, depth first: all that may hold state."""
+    found = [part]
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        for item in items:
+            if isinstance(item, Part):
+                found += nested(item)
+    return found
 
 
 def part_class(name: str) -> type[Part]:

@@ -65,6 +65,7 @@ def rebuild(model: nn.Module) -> None:
             if "keys" in given:
                 prefixes[attending_module(site)].append(t)
             if "read" in given:
+                assert t.buffer is not None
                 reads[place].append(t)
                 for name, module in zip(t.buffer.sites, t.taps, strict=True):  # type: ignore[attr-defined,arg-type]
                     taps[module].append((t.buffer, name, False))  # type: ignore[arg-type]
@@ -90,10 +91,7 @@ def rebuild(model: nn.Module) -> None:
 def _hide_from_saving(model: nn.Module) -> None:
     """Anyone's `save_pretrained` writes the base's tensors only."""
     hidden: list[str] = [k for k in model.state_dict(keep_vars=True) if ".tw_" in f".{k}"]
-    own: Any = getattr(type(model), "_keys_to_ignore_on_save", None)
-    if not hasattr(model, "save_pretrained"):
-        return
-    if hidden:
-        model._keys_to_ignore_on_save = {*(own or ()), *hidden}  # type: ignore[assignment]
-    else:
-        model.__dict__.pop("_keys_to_ignore_on_save", None)
+    ignored: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    own = {k for k in ignored if ".tw_" not in f".{k}"}
+    if hasattr(model, "save_pretrained") and (hidden or len(own) < len(ignored)):
+        model._keys_to_ignore_on_save = own | set(hidden)  # type: ignore[assignment]

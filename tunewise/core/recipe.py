@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from .errors import UserError, did_you_mean
-from .part import LIST_SLOTS, SLOTS, Part, build_part, describe_part
+from .part import LIST_SLOTS, SLOTS, Part, build_part, describe_part, nested
 
 __all__ = ["Recipe"]
 
@@ -48,9 +48,15 @@ class Recipe:
         self.essential = {s: _parts(s, v) for s, v in slots.items() if v is not None}
         self.default = {s: _parts(s, v) for s, v in (defaults or {}).items() if s not in self.essential}
 
+    @classmethod
+    def of(cls, part: Part, name: str = "") -> Recipe:
+        """The recipe of one part."""
+        slots: dict[str, Any] = {part.slot: part}
+        return cls(name=name or type(part).__name__, **slots)
+
     def __add__(self, other: object) -> Recipe:
         if isinstance(other, Part):
-            other = Recipe(**{other.slot: other}, name=type(other).__name__)
+            other = Recipe.of(other)
         if not isinstance(other, Recipe):
             return NotImplemented
         essential: dict[str, Any] = {}
@@ -102,7 +108,8 @@ class Recipe:
         """A copy whose parts have learnt nothing: every run gets one of its own."""
         result = copy.deepcopy(self)
         for _, part in result.parts():
-            part.__dict__.pop("_state", None)
+            for one in nested(part):
+                one.__dict__.pop("_state", None)
         return result
 
     def describe(self) -> dict[str, Any]:

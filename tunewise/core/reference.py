@@ -57,7 +57,7 @@ class Reference:
     def active(self) -> Iterator[None]:
         """The earlier model for the time of a `with` block."""
         with ExitStack() as stack:
-            live: dict[Tensor, Tensor] = {}
+            live: dict[torch.nn.Parameter, Tensor] = {}
             infos = self.handle.tensors()
             for name, value in self.kept.items():
                 tensor = infos[name].tensor

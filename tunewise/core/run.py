@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import get_rng, load_tree, save_tree, set_rng
-from .errors import UserError
+from .delta import device_of
+from .errors import UserError, did_you_mean
 from .lifecycle import Lifecycle
+from .part import SLOTS, Part, nested
 from .recipe import Recipe
 from .reference import Reference
 from .signals import Signals
@@ -57,6 +59,7 @@ class Run:
         self.metrics: dict[str, float] = {}
         self.listen: Callable[[dict[str, Any]], None] = lambda row: None
         self.sample_losses: dict[str, float] = {}
+        self.loss_scale = 1.0
         self.extra: dict[str, Any] = {}
         self._stores: dict[str, Store] = {}
         self._references: dict[str, Reference] = {}
@@ -70,8 +73,8 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first parameter lives."""
-        return next(self.model.parameters()).device
+        """Where the model computes."""
+        return device_of(self.model)
 
     def batches(self, name: str, size: int) -> Stream:
         """Endless batches of encoded examples of a stream, with an order and a position of its own."""
@@ -96,7 +99,13 @@ class Run:
     def reference(self, which: str, decay: float = 0.999) -> Reference:
         """The model as it was: "start", "previous" (last boundary), "ema", or the path of a saved adaptation."""
         if which not in self._references:
-            self._references[which] = Reference(self.handle, which, decay)
+            made = Reference(self.handle, which, decay)
+            if which == "start" and self.step and made.kept:
+                raise UserError(
+                    f"At step {self.step} the start of {next(iter(made.kept))} is gone: ask for "
+                    'run.reference("start") in prepare, before the first step.'
+                )
+            self._references[which] = made
         return self._references[which]
 
     def log(self, **values: Any) -> None:
@@ -130,7 +139,9 @@ class Run:
     def fire(self, event: str, *args: Any) -> Any:
         """Calls the parts; only the loop and the handle do."""
         if event == "before_step":
-            self.tensors.in_step = True
+            self.tensors.in_step, self.sample_losses = True, {}
+        if event == "gradients" and self.loss_scale != 1.0:
+            torch._foreach_div_([i.tensor.grad for _, i in self.tensors.active() if i.tensor.grad is not None], self.loss_scale)
         result = self.lifecycle.fire(event, *args)
         if event == "after_step":
             self.tensors.settle()
@@ -187,12 +198,15 @@ class Run:
                 p.requires_grad_(flag)
 
     def _begin(self, start: dict[str, Any]) -> None:
+        for name in start.keys() - {"adaptation", "moments", "stores", "parts"}:
+            raise UserError(f'Runs share no artefact "{name}": only adaptation, moments, stores and parts.')
         if "adaptation" in start:
             self.handle.load_state(start["adaptation"])
         if "moments" in start:
             self.extra["moments"] = start["moments"]
         for name, state in start.get("stores", {}).items():
-            self.store(name).load_state_dict(state)
+            self.store(name).load_state_dict(copy.deepcopy(state))
+        self._load_part_states(start.get("parts", {}))
 
     def artefacts(self) -> dict[str, Any]:
         """What may cross to another run, by name."""
@@ -202,13 +216,24 @@ class Run:
         )
         return {
             "adaptation": {k: v.clone() for k, v in self.handle.state().items()},
-            "moments": moments,
-            "stores": {n: s.state_dict() for n, s in self._stores.items()},
-            "parts": self._part_states(),
+            "moments": copy.deepcopy(moments),
+            "stores": copy.deepcopy({n: s.state_dict() for n, s in self._stores.items()}),
+            "parts": copy.deepcopy(self._part_states()),
         }
 
-    def _part_states(self) -> list[Any]:
-        return [copy.deepcopy(p.state) for _, p in self.recipe.parts()]
+    def _part_states(self) -> dict[str, list[dict[str, Any]]]:
+        return {key: [one.state for one in nested(part)] for key, part in self._named_parts().items()}
+
+    def _load_part_states(self, states: dict[str, list[dict[str, Any]]]) -> None:
+        parts = self._named_parts()
+        for key, saved in states.items():
+            if key not in parts and any(saved):
+                raise UserError(f"The recipe has no part {key}, whose state was to be taken over{did_you_mean(key, parts)}")
+            for one, state in zip(nested(parts[key]) if key in parts else [], saved, strict=False):
+                one.__dict__["_state"] = copy.deepcopy(state)
+
+    def _named_parts(self) -> dict[str, Part]:
+        return {f"{s}.{i}.{type(p).__name__}": p for s in SLOTS for i, p in enumerate(self.recipe[s])}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that learns or moves."""
@@ -230,12 +255,12 @@ class Run:
             self.tensors.info(name).tensor.requires_grad_(False)
         self.tensors.frozen, self.tensors.dropped = state["frozen"], state["dropped"]
         self.streams.load_state_dict(state["streams"])
-        for (_, part), saved in zip(self.recipe.parts(), state["parts"], strict=True):
-            part.__dict__["_state"] = saved
+        self._load_part_states(state["parts"])
         for name, saved in state["stores"].items():
             self.store(name, saved["capacity"]).load_state_dict(saved)
         for name, saved in state["references"].items():
-            self.reference(name).load_state_dict(saved)
+            self._references[name] = Reference(self.handle, name, saved["decay"])
+            self._references[name].load_state_dict(saved)
         for name, saved in state["generators"].items():
             self.rng(name).set_state(saved)
         self.lifecycle.load_state_dict(state["lifecycle"])

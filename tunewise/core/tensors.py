@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from .adaptation import Adaptation
+    from .site import Site
 
 __all__ = ["Tensors"]
 
@@ -94,8 +95,8 @@ class Tensors:
 
         self._do(change)
 
-    def add(self, name: str, group: dict[str, Any] | None = None) -> None:
-        """A tensor that was dropped, or that a part has just put in place, enters the optimizer."""
+    def add(self, name: str) -> None:
+        """A tensor that was dropped enters the optimizer again, without moments, in the group of its tag."""
 
         def change() -> None:
             info = self.info(name)
@@ -109,10 +110,7 @@ class Tensors:
                 (g for g in self.optimizer.param_groups if g.get("tag") == info.tag),
                 self.optimizer.param_groups[0],
             )
-            if group is None:
-                home["params"].append(info.tensor)
-            else:
-                self.optimizer.add_param_group({**group, "params": [info.tensor], "tag": info.tag})
+            home["params"].append(info.tensor)
 
         self._do(change)
 
@@ -156,7 +154,7 @@ class Tensors:
         for key, site, t in self.adaptation.sites:
             for name, (_, axis, trainable, _) in t.meta.items():
                 if axis is not None and trainable:
-                    found[f"{site.name}.{key}"] = getattr(t, name).shape[axis]
+                    found[_where(key, site)] = getattr(t, name).shape[axis]
         return found
 
     def resize(self, where: str, n: int, keep: Tensor | None = None) -> None:
@@ -167,12 +165,16 @@ class Tensors:
         """
         if where not in self.sizes():
             raise UserError(f"There is nothing to resize at {where}{did_you_mean(where, self.sizes())}")
-        key_site = next((k, s, t) for k, s, t in self.adaptation.sites if f"{s.name}.{k}" == where)
+        key_site = next((k, s, t) for k, s, t in self.adaptation.sites if _where(k, s) == where)
         _, site, t = key_site
         start = t.part.tensors(site)
         for name, (_, axis, trainable, _) in t.meta.items():
             if axis is not None and trainable:
                 self.replace(f"{where}.{name}", _resizer(axis, n, keep, start[name].value.to(t.dtype)))
+
+
+def _where(key: str, site: Site) -> str:
+    return f"{site.name}.{key}" if site.name else key
 
 
 def _resizer(axis: int, n: int, keep: Tensor | None, start: Tensor) -> Callable[[Tensor], Tensor]:

@@ -26,7 +26,7 @@ class ExistingWeights(Delta):
     which: Literal["all", "weight", "bias"] = "all"
 
     def existing(self, model: nn.Module) -> dict[str, str]:
-        own = {n: p for n, p in model.named_parameters() if ".tw_" not in f".{n}" and p.is_floating_point()}
+        own = {n: p for n, p in model.named_parameters() if ".tw_" not in f".{n}"}
         if self.sites == "all":
             chosen = set(own)
         else:

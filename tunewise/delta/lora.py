@@ -57,7 +57,8 @@ class LoRA(Delta):
         return y + self.s * F.linear(F.linear(h.to(t.A.dtype), t.A), t.B)
 
     def product(self, t: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():
+        trained = W.requires_grad or (b is not None and b.requires_grad)
+        if trained or torch.compiler.is_compiling():  # the fused function gives W and b no gradient
             y = F.linear(x, W, b)
             return self.output(t.cast(y.dtype), x, y)
         return low_rank_linear(x, W, b, t.A, t.B, self.s)

@@ -51,8 +51,8 @@ class SoftPrompt(Delta):
             mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.tokens), mask], 1)
-        kwargs.pop("position_ids", None)
         kwargs.pop("cache_position", None)
+        self._shift_positions(t.root, kwargs, filled)
         if filled:
             return call(*args, **kwargs)
         if embeds is None:
@@ -67,6 +67,20 @@ class SoftPrompt(Delta):
             kwargs["labels"] = torch.cat([labels.new_full((len(labels), self.tokens), -100), labels], 1)
         length = embeds.shape[1]
         return call(*args, **kwargs) if self.keep else self._cut(call(*args, **kwargs), length)
+
+    def _shift_positions(self, root: Any, kwargs: dict[str, Any], filled: bool) -> None:
+        """Positions that the caller counts go on behind the prompt's; RoBERTa's, counted from the ids, from the mask."""
+        given = kwargs.get("position_ids")
+        embeddings = getattr(getattr(root, "base_model", root), "embeddings", None)
+        padding = getattr(embeddings, "padding_idx", None)
+        if given is not None:
+            prompt = torch.arange(self.tokens, device=given.device).expand(len(given), -1)
+            start = 0 if padding is None else padding + 1
+            rest = given + self.tokens
+            kwargs["position_ids"] = rest if filled else torch.cat([prompt + start, rest], 1)
+        elif padding is not None and not filled:
+            mask = kwargs["attention_mask"].long()
+            kwargs["position_ids"] = mask.cumsum(1) * mask + padding
 
     def _cut(self, outputs: Any, length: int) -> Any:
         for name in ("logits", "last_hidden_state"):

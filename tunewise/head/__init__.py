@@ -4,6 +4,6 @@ from .base import AUTO, Head
 from .classification import ClassHead
 from .cloze import ClozeHead
 from .language import LMHead
-from .pooled import PooledHead
+from .pooled import PooledHead, pool
 
-__all__ = ["AUTO", "ClassHead", "ClozeHead", "Head", "LMHead", "PooledHead"]
+__all__ = ["AUTO", "ClassHead", "ClozeHead", "Head", "LMHead", "PooledHead", "pool"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tunewise.core.delta import Delta
 from tunewise.core.errors import UserError
 
-__all__ = ["AUTO", "Head", "hidden_size", "label_names", "sequence_mask"]
+__all__ = ["AUTO", "Head", "hidden_size", "label_names", "logits_of", "sequence_mask", "takes_positions"]
 
 AUTO = ("sequence_classification", "base", "masked_lm", "causal_lm", "image_classification")
 
@@ -37,8 +38,15 @@ class Head(Delta):
 
     def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
         """The logits that the task's loss gets; t holds the head's own tensors in float32."""
-        logits: Tensor = outputs.logits
-        return logits
+        return logits_of(outputs)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """`outputs.logits`, or the outputs themselves of a plain module that gives one tensor."""
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UserError(f"The model gives {type(outputs).__name__} without logits: load it with a head.")
+    return logits
 
 
 def label_names(task: Any) -> list[str]:
@@ -60,3 +68,8 @@ def sequence_mask(inputs: dict[str, Tensor], shape: Sequence[int], device: torch
     """Which positions hold real tokens, `[rows, tokens]` of bool; all if the batch has no mask (images)."""
     mask = inputs.get("attention_mask")
     return torch.ones(tuple(shape), dtype=torch.bool, device=device) if mask is None else mask.bool()
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model can be told positions; without, decoders count padding on the left too."""
+    return "position_ids" in inspect.signature(model.forward).parameters

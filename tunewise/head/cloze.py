@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunewise.core.errors import UserError, did_you_mean
 
-from .base import Head, label_names, sequence_mask
+from .base import Head, label_names, logits_of, sequence_mask
 
 __all__ = ["ClozeHead"]
 
@@ -65,9 +65,7 @@ class ClozeHead(Head):
         if not causal and tokenizer.mask_token is None:
             raise UserError("ClozeHead: the tokenizer of this masked language model has no mask token.")
         if causal and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
-            raise UserError(
-                "ClozeHead: this tokenizer ends each text with an end token, so that no gap can follow."
-            )
+            raise UserError("ClozeHead: this tokenizer ends each text with an end token, so no gap follows.")
         self.mask = "" if causal else tokenizer.mask_token
         self.mask_id = None if causal else int(tokenizer.mask_token_id)
         self.words = self._word_tokens(labels, tokenizer)
@@ -113,8 +111,7 @@ class ClozeHead(Head):
         return start.replace(GAP, self.mask) + row_text + end.replace(GAP, self.mask)
 
     def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
-        logits: Tensor = outputs.logits
-        ids: Tensor = batch.inputs["input_ids"]
+        logits, ids = logits_of(outputs), batch.inputs["input_ids"]
         mask = sequence_mask(batch.inputs, ids.shape, logits.device)
         here = mask if self.mask_id is None else mask & (ids == self.mask_id)
         lost = (~here.any(1)).nonzero()

@@ -8,7 +8,7 @@ from torch import nn
 
 from tunewise.core.errors import UserError
 
-from .base import Head
+from .base import Head, takes_positions
 
 __all__ = ["LMHead"]
 
@@ -27,3 +27,4 @@ class LMHead(Head):
             raise UserError(
                 f"LMHead: {type(model).__name__} has no output layer over words; load it as a causal model."
             )
+        task.position_ids = takes_positions(model)

@@ -22,7 +22,8 @@ class PooledHead(Head):
 
     pooling  "mean" of the real tokens, the "first" of them (BERT's [CLS]) or the "last" one (decoders)
     outputs  number of classes; learnt from the task
-    Padding may be on either side. Raises `UserError` for encoder-decoder models.
+    Padding may be on either side. With W = 0 the backbone gets no gradient in the first step.
+    Raises `UserError` for encoder-decoder models.
     """
 
     auto: ClassVar[str] = "base"
@@ -48,7 +49,9 @@ class PooledHead(Head):
         return (self.outputs or 0) * (hidden_size(site.module, "PooledHead") + 1)
 
     def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
-        hidden: Tensor = outputs.last_hidden_state
+        hidden = outputs if isinstance(outputs, Tensor) else getattr(outputs, "last_hidden_state", None)
+        if hidden is None:
+            raise UserError(f"PooledHead: {type(outputs).__name__} has no hidden states; load a base model.")
         if hidden.dim() == 4:  # convolutional maps [rows, channels, height, width]
             hidden = hidden.flatten(2).transpose(1, 2)
         mask = sequence_mask(batch.inputs, hidden.shape[:2], hidden.device)

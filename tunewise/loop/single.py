@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 
 from tunewise.core.checkpoint import latest, load_tree, save_tree
 from tunewise.core.errors import RunError
@@ -33,6 +34,7 @@ class Single(Part):
         run.total_steps = settings.steps or max(1, round(settings.epochs * len(stream)))
         optimizer.setup(run, optimizer.lr or settings.lr)  # type: ignore[union-attr]
         accelerator = _accelerator(run)
+        run.loss_scale = 1024.0 if settings.dtype == "float16" else 1.0
         self._prepare(run, optimizer)
         every = max(1, math.ceil(run.total_steps / settings.evaluations)) if settings.evaluations else 0
         while run.step < run.total_steps and not run.extra.get("stopped"):
@@ -74,9 +76,9 @@ class Single(Part):
         factor = settings.factor(run.step, run.total_steps)
 
         def backward(batch: Any, units: float) -> float:
-            with accelerator.autocast():
+            with _autocast(run):
                 loss = run.loss(batch, units)
-            accelerator.backward(loss)
+            accelerator.backward(loss * run.loss_scale)
             return float(loss.detach())
 
         loss = optimizer.step(run, micro, factor, backward)
@@ -108,7 +110,6 @@ class Single(Part):
     def _checkpoint(self, run: Run, optimizer: Any) -> None:
         assert run.directory is not None
         folder = run.directory / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
         save_tree(
             folder / f"step-{run.step:07d}", {"run": run.state_dict(), "optimizer": optimizer.state_dict(run)}
         )
@@ -131,11 +132,16 @@ def _thin(folder: Path, keep: int = 2) -> None:
         shutil.rmtree(path)
 
 
+def _autocast(run: Run) -> Any:
+    """Ours, because accelerate's is one for the whole process and a comparison mixes precisions."""
+    dtype = getattr(torch, run.settings.dtype)
+    return torch.autocast(run.device.type, dtype, enabled=dtype is not torch.float32)
+
+
 def _accelerator(run: Run) -> Any:
     from accelerate import Accelerator
 
-    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[run.settings.dtype]
-    accelerator = Accelerator(mixed_precision=mixed, cpu=run.device.type == "cpu")
+    accelerator = Accelerator(cpu=run.device.type == "cpu")
     if accelerator.num_processes > 1:
         raise RunError(
             "This loop trains in one process; start it without accelerate's multi-process launcher."

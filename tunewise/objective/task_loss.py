@@ -15,8 +15,8 @@ __all__ = ["TaskLoss"]
 class TaskLoss(Part):
     """L = sum_i l_i / units: per-row losses l_i over the supervised units (rows, answer tokens) of the whole step.
 
-    Dividing by the units of the step, not of the micro-batch, makes accumulation exact. The per-row losses of the last
-    micro-batch are kept in `run.sample_losses` by sample id.
+    Dividing by the units of the step, not of the micro-batch, makes accumulation exact. The per-row losses of the
+    whole step are kept in `run.sample_losses` by sample id.
     """
 
     slot: ClassVar[str] = "objective"
@@ -25,7 +25,7 @@ class TaskLoss(Part):
     def loss(self, run: Run, batch: Any, logits: Tensor, outputs: Any, units: float) -> Tensor:
         """The loss of one micro-batch, in float32."""
         per_row = run.task.losses(logits, batch)
-        run.sample_losses = dict(
+        run.sample_losses.update(
             zip(batch.ids, (per_row.detach() / batch.units.clamp(min=1)).tolist(), strict=True)
         )
         return per_row.sum() / units

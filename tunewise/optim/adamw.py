@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from tunewise.core.errors import RunError
-from tunewise.core.part import Part
+from tunewise.core.errors import RunError, UserError, did_you_mean
+from tunewise.core.part import TAGS, Part
 from tunewise.core.run import Run
 
 __all__ = ["AdamW"]
@@ -24,6 +24,7 @@ class AdamW(Part):
     """
 
     slot: ClassVar[str] = "optimizer"
+    stage: ClassVar[str] = "clip"
     lr: Annotated[float, Field(ge=0)] | None = None
     decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -35,6 +36,8 @@ class AdamW(Part):
 
     def setup(self, run: Run, lr: float) -> None:
         """Makes the optimizer: one group per tag."""
+        for tag in {*self.rates, *self.decays, *self.ascend} - {*TAGS}:
+            raise UserError(f'AdamW: no tensor has the tag "{tag}"{did_you_mean(tag, TAGS)}')
         groups: dict[str, list[torch.nn.Parameter]] = {}
         for _, info in run.tensors.all().items():
             groups.setdefault(info.tag, []).append(info.tensor)
@@ -64,6 +67,13 @@ class AdamW(Part):
                 f"The loss became {total} at step {run.step + 1}; a lower learning rate usually helps."
             )
         run.fire("gradients")
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        optimizer.step()
+        return total
+
+    def gradients(self, run: Run) -> None:
+        """g <- g min(1, clip / |g|), at its place among the other parts that change gradients."""
         params = [i.tensor for _, i in run.tensors.active() if i.tensor.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(params, self.clip or float("inf"))
         if not torch.isfinite(norm):
@@ -71,10 +81,6 @@ class AdamW(Part):
                 f"A gradient became {float(norm)} at step {run.step + 1}; a lower learning rate usually helps."
             )
         run.metrics["gradient_norm"] = float(norm)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        optimizer.step()
-        return total
 
     def state_dict(self, run: Run) -> dict[str, Any]:
         """Moments by tensor name, so that they fit whatever the order of the groups."""
@@ -94,6 +100,6 @@ class AdamW(Part):
                     group["params"] = [p for p in group["params"] if p is not info.tensor]
             if name in state:
                 optimizer.state[info.tensor] = {
-                    k: v.to(info.tensor.device) if torch.is_tensor(v) and k != "step" else v
+                    k: v.to(info.tensor.device if k != "step" else "cpu", copy=True) if torch.is_tensor(v) else v
                     for k, v in state[name].items()
                 }

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["majority", "tfidf"]
 
 Row = dict[str, Any]
-Z95 = 1.959963984540054
 
 
 def majority(train: Sequence[Row], test: Sequence[Row], columns: Columns) -> dict[str, float]:
@@ -62,17 +61,10 @@ def _texts(rows: Sequence[Row], columns: Columns) -> list[str]:
 
 
 def _measured(predicted: Sequence[str], true: Sequence[str]) -> dict[str, float]:
-    """Accuracy with its 95 % Wilson interval, macro F1 and balanced accuracy, named as the tasks name them."""
-    from sklearn.metrics import balanced_accuracy_score, f1_score
+    """The scores that a classification task gives, by the same functions."""
+    from tunewise.task.metrics import confusion, confusion_scores, wilson
 
-    n = len(true)
-    p = sum(a == b for a, b in zip(predicted, true, strict=True)) / n
-    middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * (p * (1 - p) / n + Z95**2 / (4 * n**2)) ** 0.5
-    return {
-        "accuracy": p,
-        "accuracy_low": max(0.0, middle - half),
-        "accuracy_high": min(1.0, middle + half),
-        "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0)),
-        "balanced_accuracy": float(balanced_accuracy_score(true, predicted)),
-    }
+    place = {name: i for i, name in enumerate(sorted({*predicted, *true}))}
+    counts = confusion([place[t] for t in true], [place[p] for p in predicted], len(place))
+    low, high = wilson(float(counts.trace()), len(true))
+    return {**confusion_scores(counts), "accuracy_low": low, "accuracy_high": high}

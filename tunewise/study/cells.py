@@ -25,7 +25,9 @@ def amount(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    """< 0.1 s, 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if 0 <= seconds < 0.05:
+        return "< 0.1 s"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -37,8 +39,8 @@ def duration(seconds: float) -> str:
 
 
 def megabytes(value: float) -> str:
-    """812 MB, 3.1 GB."""
-    return size(value * 1e6)
+    """A number of MiB: 812 MB, 3.1 GB."""
+    return size(value * 2**20)
 
 
 def size(value: float) -> str:
@@ -52,9 +54,9 @@ def size(value: float) -> str:
 # What a row may tell besides its metric: key -> title and how it is written.
 COST: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "trainable": ("trainable", amount),
-    "memory_mb": ("peak memory", megabytes),
+    "peak_memory_mb": ("peak memory", megabytes),
     "seconds": ("time", duration),
-    "size_bytes": ("on disk", size),
+    "size_mb": ("on disk", megabytes),
 }
 
 
@@ -65,7 +67,7 @@ def _named(row: Row, metric: str) -> str:
 
 
 def _cheapest_equal(best: Row, others: Sequence[Row], metric: str) -> Row | None:
-    """Of the rows whose interval overlaps the best one's, that with the fewest trainable numbers, if it has fewer."""
+    """Of the rows whose interval overlaps the best one's, that with the fewest trainable numbers."""
     if best.get(f"{metric}_low") is None or best.get("trainable") is None:
         return None
     low, high = best[f"{metric}_low"], best[f"{metric}_high"]
@@ -97,9 +99,6 @@ def verdict(rows: Sequence[Row], metric: str, higher_is_better: bool = True) -> 
         return sentence
     share = equal["trainable"] / best["trainable"]
     return (
-        f"{sentence} {equal['method']} reaches {score(equal[metric])}, too close to tell them apart, "
-        f"with {share:.2g} times as many trainable parameters."
-        if share >= 0.1
-        else f"{sentence} {equal['method']} reaches {score(equal[metric])}, too close to tell them apart, "
-        f"and trains {share:.2%} as many parameters."
+        f"{sentence} {equal['method']} reaches {score(equal[metric])}, too close to tell the two apart, "
+        f"while training only {100 * share:.2g} % as many parameters."
     )

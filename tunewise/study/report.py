@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one run or many: it opens offline, on a phone, in the dark, and on paper."""
+"""One self-contained HTML page about one run or many: offline, on a phone, in the dark, on paper."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from tunewise.core.errors import UserError
 from tunewise.study.cells import COST, score, verdict
+from tunewise.study.charts import cost_chart, curve_chart, swatch
 
 __all__ = ["run_report", "write_report"]
 
 Row = Mapping[str, Any]
-LOSS_POINTS = 40
-OWN_KEYS = ("metrics", "command", "notes")
+CURVE_POINTS, LOSS_POINTS = 300, 40
+OPTIONS = ("lr", "batch_size", "epochs", "steps", "dtype", "checkpoint_every")
 
 
 def write_report(
@@ -32,14 +33,20 @@ def write_report(
     """Verdict, table, learning curves, quality over cost, settings, and the command that does it again.
 
     rows   one dict per method: `method`, the metric (with `<metric>_low` and `_high` if known), and any of
-           `trainable`, `memory_mb`, `seconds`, `size_bytes`; missing ones are left blank
-    runs   one dict per run: `name`, `metrics` (the lines of metrics.jsonl), `settings` (a dict, shown as it is)
+           `trainable`, `peak_memory_mb`, `seconds`, `size_mb`; missing ones are left blank
+    runs   one dict per run: `name`, `metrics` (the lines of metrics.jsonl), `settings` (a dict)
     notes  sentences that the reader should know
     """
     from jinja2 import Environment, PackageLoader
 
     from tunewise import __version__
 
+    # One order for all charts, so that a method has the same colour everywhere.
+    names = list(
+        dict.fromkeys(
+            [str(r["method"]) for r in rows if r.get("trainable") != 0] + [str(r["name"]) for r in runs]
+        )
+    )
     environment = Environment(
         loader=PackageLoader("tunewise.study", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -47,7 +54,10 @@ def write_report(
         title=title,
         verdict=verdict(rows, metric, higher_is_better),
         **_table(rows, metric, higher_is_better),
-        charts=_charts(rows, runs, metric),
+        charts=_charts(rows, runs, metric, names),
+        legend=[{"name": name, "swatch": swatch(i)} for i, name in enumerate(names)]
+        if len(names) > 1
+        else [],
         notes=list(notes),
         command=command,
         settings=[{"title": r["name"], "pairs": _flat(r["settings"])} for r in runs if r.get("settings")],
@@ -57,7 +67,7 @@ def write_report(
 
 
 def run_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
-    """The page about one run, from its `run.json` and `metrics.jsonl`; written as `report.html` beside them."""
+    """The page about one run, from its `run.json` and `metrics.jsonl`; `report.html` beside them."""
     folder = Path(run_dir)
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -67,22 +77,54 @@ def run_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"A file of the run {folder} is not valid JSON: {error}.") from None
+    identity: dict[str, Any] = run.get("identity") or {}
     final: dict[str, Any] = run.get("metrics") or {}
-    metric = str(run.get("metric") or next((k for k in final if "/" not in k), "accuracy"))
-    cost: dict[str, Any] = run.get("cost") or {}
-    name = str((run.get("recipe") or {}).get("name") or run.get("method") or folder.name)
-    row = {"method": name, **final, **{key: cost.get(key, run.get(key)) for key in COST}}
-    settings = {"result": final, **{k: v for k, v in run.items() if k not in OWN_KEYS}}
+    metric = _main_metric(identity, final)
+    name = str(run.get("recipe_name") or folder.name)
+    shown = {"result": final, **{k: v for k, v in identity.items() if k != "method"}}
+    shown |= {key: run[key] for key in ("environment",) if key in run}
     return write_report(
         path or folder / "report.html",
-        [row],
-        [{"name": name, "metrics": metrics, "settings": settings}],
-        run.get("notes") or [],
+        [{"method": name, **final}],
+        [{"name": name, "metrics": metrics, "settings": shown}],
+        (run.get("data") or {}).get("notes") or [],
         title=f"Run {folder.resolve().name}",
         metric=metric,
-        higher_is_better=bool(run.get("higher_is_better", True)),
-        command=run.get("command"),
+        command=_command(run, identity, name),
     )
+
+
+def _main_metric(identity: Row, final: Row) -> str:
+    """The metric that the run was judged by: on test rows, else on validation rows."""
+    named = (identity.get("task") or {}).get("metric")
+    metric = str(named or next((k for k in final if k not in COST and k != "steps"), "accuracy"))
+    return f"valid/{metric}" if metric not in final and f"valid/{metric}" in final else metric
+
+
+def _command(run: Row, identity: Row, method: str) -> str | None:
+    """The command line of this run; None when model or data were objects, which no command line can name."""
+    import shlex
+
+    model, data = (identity.get("model") or {}).get("name"), (run.get("data") or {}).get("name")
+    if not model or not data:
+        return None
+    words = [
+        "tunewise",
+        "tune",
+        str(model),
+        str(data),
+        "--method",
+        method,
+        "--seed",
+        str(identity.get("seed", 0)),
+    ]
+    settings: Row = identity.get("settings") or {}
+    for key, value in settings.items():
+        if value is not None and key in OPTIONS:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+        elif value is not None:
+            words += ["--set", f"{key}={value}"]
+    return shlex.join(words)
 
 
 def _finite(value: Any) -> bool:
@@ -113,15 +155,19 @@ def _cell(value: Any, write: Any, interval: str = "") -> dict[str, Any]:
 
 def _range(row: Row, metric: str) -> str:
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    return f"{score(low)} to {score(high)}" if _finite(low) and _finite(high) else ""
+    if low is None or high is None or not (_finite(low) and _finite(high)):
+        return ""
+    return f"{score(low)} to {score(high)}"
 
 
-def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str) -> list[dict[str, str]]:
-    from tunewise.study.charts import cost_chart, curve_chart
-
+def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str, names: list[str]) -> list[dict[str, str]]:
     charts = []
-    names = [str(run["name"]) for run in runs]
-    for key, title, most in ((f"valid/{metric}", "On validation rows", 300), ("loss", "Training", LOSS_POINTS)):
+    looked_at = metric.removeprefix("valid/")
+    curves = (
+        (f"valid/{looked_at}", "On validation rows", looked_at, "while it learns", CURVE_POINTS),
+        ("loss", "Training", "training loss", "means of a few steps", LOSS_POINTS),
+    )
+    for key, title, axis, caption, most in curves:
         points = [
             {"name": str(run["name"]), "step": line["step"], "value": line[key]}
             for run in runs
@@ -129,19 +175,17 @@ def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str) -> list[dict[
             if _finite(line.get(key)) and _finite(line.get("step"))
         ]
         if len(points) > len({p["name"] for p in points}):
-            shown = [n for n in names if any(p["name"] == n for p in points)]
-            text = f"{metric} while it learns" if key != "loss" else "loss while it learns, means of a few steps"
-            svg = curve_chart(points, metric if key != "loss" else "training loss", shown, most)
-            charts.append({"title": title, "caption": text, "svg": svg})
+            svg = curve_chart(points, axis, names, most)
+            charts.append({"title": title, "caption": f"{axis}, {caption}", "svg": svg})
     for key, words in (("trainable", "trainable parameters"), ("seconds", "seconds")):
         dots = [
             {"name": str(r["method"]), "x": r[key], "y": r[metric],
              "low": r.get(f"{metric}_low"), "high": r.get(f"{metric}_high")}
             for r in rows
-            if _finite(r.get(key)) and r[key] > 0 and _finite(r.get(metric))
+            if str(r["method"]) in names and _finite(r.get(key)) and r[key] > 0 and _finite(r.get(metric))
         ]  # fmt: skip
         if len(dots) > 2:
-            svg = cost_chart(dots, words, metric, [str(r["method"]) for r in rows])
+            svg = cost_chart(dots, words, metric, names)
             charts.append({"title": f"Quality and {words}", "caption": "up and left is better", "svg": svg})
     return charts
 

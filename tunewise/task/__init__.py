@@ -1,4 +1,4 @@
-"""Tasks: how rows become batches, how logits are read, the base loss, the metrics."""
+"""Tasks: how rows become batches, how outputs are read, base loss and metrics."""
 
 from __future__ import annotations
 
@@ -7,31 +7,52 @@ from typing import Any
 
 from tunewise.core.errors import UserError, did_you_mean
 from tunewise.data import Columns
+from tunewise.task.base import Batch, Task
+from tunewise.task.causal import CausalLM
+from tunewise.task.classification import Classification
+from tunewise.task.generate import generate, generation_metrics
+from tunewise.task.regression import Regression
+from tunewise.task.text import tokenize
 
-from .base import Batch, Metric, Task
-from .causal import Causal
-from .classification import Classification
-from .regression import Regression
+__all__ = [
+    "TASKS",
+    "Batch",
+    "CausalLM",
+    "Classification",
+    "Regression",
+    "Task",
+    "generate",
+    "generation_metrics",
+    "make_task",
+    "tokenize",
+]
 
-__all__ = ["TASKS", "Batch", "Causal", "Classification", "Metric", "Regression", "Task", "make_task"]
-__all__ += ["task_class"]
-
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Classification, Regression, Causal)}
-
-
-def task_class(name: str) -> type[Task]:
-    """The class of a task by name; UserError with near names."""
-    if name not in TASKS:
-        raise UserError(f'There is no task "{name}"{did_you_mean(name, TASKS)}')
-    return TASKS[name]
+TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Classification, Regression, CausalLM)}
+# What other libraries call them, in lower case with "_".
+OTHER_NAMES = {
+    "seq_cls": "classification",
+    "text_classification": "classification",
+    "sequence_classification": "classification",
+    "causal_lm": "causal",
+    "text_generation": "causal",
+    "sft": "causal",
+}
 
 
 def make_task(name: str | None, columns: Columns, **options: Any) -> Task:
-    """The task `name` (None: the detected one) for these columns; UserError for an unknown option."""
-    cls = task_class(name or columns.task)
-    known = {**inspect.signature(Task.__init__).parameters, **inspect.signature(cls.__init__).parameters}
-    names = [n for n in known if n not in ("self", "columns", "options")]
+    """The task called `name` ("classification", "regression", "causal"; None: as detected) on these columns.
+
+    Options: max_length, metric, higher_is_better (of a metric of one's own); chat (causal).
+    Raises `UserError` with the nearest right spelling.
+    """
+    name = name or columns.task
+    if name not in TASKS:
+        ours = OTHER_NAMES.get(name.lower().replace("-", "_"))
+        if ours:
+            raise UserError(f'There is no task "{name}": here it is called "{ours}".')
+        raise UserError(f'There is no task "{name}"{did_you_mean(name, TASKS)}')
+    known = [n for n in inspect.signature(TASKS[name].__init__).parameters if n not in ("self", "columns")]
     for option in options:
-        if option not in names:
-            raise UserError(f'The task {cls.name} has no option "{option}"{did_you_mean(option, names)}')
-    return cls(columns, **options)
+        if option not in known:
+            raise UserError(f'The task {name} has no option "{option}"{did_you_mean(option, known)}')
+    return TASKS[name](columns, **options)

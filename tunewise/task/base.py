@@ -1,37 +1,38 @@
-"""A task says how rows become batches, and logits losses, predictions and metrics."""
+"""Tasks: how rows become batches, how outputs are read, the base loss and the metrics."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tunewise.core.errors import UserError, did_you_mean
 from tunewise.data import Columns
+from tunewise.task.text import encode_for, pad_rows
 
-from .metrics import interval
+if TYPE_CHECKING:
+    from tunewise.head import Head
 
-__all__ = ["Batch", "Example", "Metric", "Row", "Task"]
+__all__ = ["Batch", "CustomMetric", "Example", "Row", "Task"]
 
 Row = dict[str, Any]
 Example = dict[str, Any]
-Metric = Callable[[Sequence[Any], Sequence[Any]], float]
-
+CustomMetric = Callable[[list[Any], list[Any]], float]
 LENGTH = 512
-# These number their positions from the padding id on, so that many fewer tokens fit than the table has rows.
+# These number their positions from the padding id on, so fewer tokens fit than the table has rows.
 OFFSET_POSITIONS = frozenset(
     ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text")
 )
+# Tokenizers without a limit say 1e30.
+NO_LIMIT = 10**9
 
 
 @dataclass
 class Batch:
-    """Model inputs `[rows, tokens]`, labels (or None), row ids, supervised units of each row `[rows]`."""
+    """Collated rows: `inputs` for `model(**inputs)`, `labels` (None without answers), ids, units `[rows]`."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
@@ -43,226 +44,199 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
         labels = None if self.labels is None else self.labels.to(device)
         return Batch(inputs, labels, self.ids, self.units.to(device))
 
 
-class Task(ABC):
-    """Rows -> examples -> batches; logits -> per-row losses, predictions, metrics.
+class Task:
+    """Rows -> examples -> batches, and logits -> losses, predictions, metrics.
 
-    columns           which columns of a row are text and label
-    max_length        most tokens of one row; None: what tokenizer and model allow, at most 512
-    metric            a name from `known`, or a function (predictions, references) -> float
-    higher_is_better  needed only for a metric of one's own where less is better
-    `notes` collects sentences that the user should see, such as how many rows were cut.
+    columns     which columns hold text and answer
+    max_length  tokens per row; None means the model's limit, at most 512; longer rows are cut and counted
+    metric      a name in `scores`, or a callable (predictions, references) -> float
+    notes       sentences to show the user
+    Raises `UserError` for an unknown metric.
     """
 
     name: ClassVar[str] = ""
-    known: ClassVar[dict[str, bool]] = {}
+    scores: ClassVar[dict[str, bool]] = {}
+    outputs: int | None = None
 
     def __init__(
         self,
         columns: Columns,
         *,
         max_length: int | None = None,
-        metric: str | Metric | None = None,
-        higher_is_better: bool | None = None,
+        metric: str | CustomMetric | None = None,
+        higher_is_better: bool = True,
     ) -> None:
-        if max_length is not None and (isinstance(max_length, bool) or max_length < 1):
-            raise UserError(f"max_length={max_length!r} is not valid, expected a whole number from 1 on.")
+        if max_length is not None and max_length < 1:
+            raise UserError(f"max_length={max_length} does not suit any model: expected at least 1 token.")
         self.columns, self.max_length, self.notes = columns, max_length, list[str]()
-        self.custom = metric if callable(metric) else None
-        self.metric = self._metric_name(metric)
-        default = self.custom is not None or self.known[self.metric]
-        self.higher_is_better = default if higher_is_better is None else higher_is_better
-        self._positions: int | None = None
+        self.position_limit: int | None = None
+        self.pad_side: str | None = None
+        self.position_ids = False
+        self.custom: CustomMetric | None = None
+        if callable(metric):
+            self.custom, self.metric = metric, getattr(metric, "__name__", "custom")
+            self.higher_is_better = higher_is_better
+        else:
+            self.metric = metric or next(iter(self.scores))
+            if self.metric not in self.scores:
+                raise UserError(
+                    f'The task {self.name} has no metric "{metric}"{did_you_mean(self.metric, self.scores)}'
+                )
+            self.higher_is_better = self.scores[self.metric]
 
-    def _metric_name(self, metric: str | Metric | None) -> str:
-        if metric is None:
-            return next(iter(self.known))
-        if not isinstance(metric, str):
-            return getattr(metric, "__name__", type(metric).__name__)
-        if metric not in self.known:
-            raise UserError(
-                f'The task {self.name} has no metric "{metric}"{did_you_mean(metric, self.known)}'
-            )
-        return metric
-
-    @abstractmethod
     def fit(self, rows: Sequence[Row]) -> None:
-        """Learns label names or scales from the training rows."""
+        """Learns what the training rows tell: label names, the scale of a target."""
 
-    @abstractmethod
-    def default_head(self, config: Any = None) -> Any:
-        """The head that reads this task's answer from an ordinary model."""
-
-    @abstractmethod
-    def encode(
-        self, rows: Sequence[Row], tokenizer: Any, head: Any = None, *, labelled: bool = True
-    ) -> list[Example]:
-        """Rows as token ids with id, labels, length, reference; `labelled=False` for rows to predict."""
-
-    @abstractmethod
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Summed loss of each row over its supervised units, `[rows]` in float32."""
-
-    @abstractmethod
-    def predict(self, logits: Tensor, batch: Batch) -> list[Any]:
-        """One JSON-ready prediction per row."""
-
-    @abstractmethod
-    def metrics(self, predictions: Sequence[Any], rows: Sequence[Row]) -> dict[str, float]:
-        """All metrics and the 95 % interval of the main one; rows may be raw or encoded."""
+    def default_head(self, config: Any = None) -> Head:
+        """The head that is used when the recipe names none."""
+        raise NotImplementedError
 
     def bind(self, config: Any) -> None:
-        """Learns how many positions the model has; UserError if `max_length` asks for more."""
+        """Learns from a model's configuration how many positions it has, unless the head has measured it."""
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        positions = getattr(config, "max_position_embeddings", None)
+        count = getattr(config, "max_position_embeddings", None)
         relative = getattr(config, "position_biased_input", True) is False
-        if relative or not isinstance(positions, int) or positions < 1:
+        if self.position_limit is not None or relative or not isinstance(count, int) or count < 1:
             return
-        if getattr(config, "model_type", "") in OFFSET_POSITIONS:
-            positions -= (getattr(config, "pad_token_id", None) or 0) + 1
-        if self.max_length is not None and self.max_length > positions:
-            raise UserError(
-                f"max_length={self.max_length} is more than the {positions} tokens that the model reads."
-            )
-        self._positions = positions
+        offset = (getattr(config, "pad_token_id", None) or 0) + 1
+        self.position_limit = (
+            count - offset if getattr(config, "model_type", "") in OFFSET_POSITIONS else count
+        )
 
-    def limit(self, tokenizer: Any) -> int:
-        """The most tokens of one row."""
-        if self.max_length is not None:
-            return self.max_length
-        most = getattr(tokenizer, "model_max_length", None)
-        return int(min(LENGTH, most or LENGTH, self._positions or LENGTH))
+    def encode(
+        self, rows: Sequence[Row], tokenizer: Any, head: Head | None = None, *, labelled: bool = True
+    ) -> list[Example]:
+        """Examples with id, input_ids, labels (None if not `labelled`) and length, in the order of `rows`."""
+        if tokenizer is None:
+            raise UserError(f"The task {self.name} needs a tokenizer, and this model comes without one.")
+        limit = self.limit(tokenizer)
+        texts = [tuple(self.text_of(row, column) for column in self.columns.text) for row in rows]
+        encoded, cut = encode_for(head, texts, tokenizer, limit)
+        self.note_cut(cut, len(rows), limit)
+        return [
+            {
+                "id": str(row["id"]),
+                **found,
+                "labels": self.label_of(row) if labelled else None,
+                "length": len(found["input_ids"]),
+            }
+            for row, found in zip(rows, encoded, strict=True)
+        ]
 
     def collate(self, examples: Sequence[Example], tokenizer: Any, pad_side: str | None = None) -> Batch:
-        """Pads to the longest example, on the "right" by default: absolute positions stay."""
-        if pad_side not in (None, "left", "right"):
-            raise UserError(f'pad_side="{pad_side}" is not valid, expected left or right.')
-        width, left = max(len(e["input_ids"]) for e in examples), pad_side == "left"
-        fill: dict[str, int] = {
-            "input_ids": _pad_id(tokenizer),
-            "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
-        }
-        names: list[str] = [n for n in fill if n in examples[0]]
-        inputs = {n: padded([e[n] for e in examples], width, fill[n], left) for n in names}
-        inputs["attention_mask"] = padded([[1] * len(e["input_ids"]) for e in examples], width, 0, left)
-        labels = None
-        if all(e["labels"] is not None for e in examples):
-            labels = self._labels(examples, width, left)
-        return Batch(inputs, labels, [e["id"] for e in examples], self._units(examples))
+        """Examples -> one batch; what is padding is said by the attention mask alone (pad may equal eos)."""
+        side = pad_side or self.pad_side or tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise UserError(f'pad_side="{side}" is not valid, expected left or right.')
+        inputs = pad_rows(examples, tokenizer, side)
+        if self.position_ids and side == "left":
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        labels, units = self.collate_labels(examples, side)
+        return Batch(inputs, labels, [e["id"] for e in examples], units)
 
-    @abstractmethod
-    def _labels(self, examples: Sequence[Example], width: int, left: bool) -> Tensor:
-        """The labels of a batch as one tensor."""
+    def collate_labels(self, examples: Sequence[Example], side: str) -> tuple[Tensor | None, Tensor]:
+        """(labels, supervised units per row); one label per row here."""
+        units = torch.ones(len(examples))
+        if any(e["labels"] is None for e in examples):
+            return None, units
+        return torch.tensor([e["labels"] for e in examples]), units
 
-    def _units(self, examples: Sequence[Example]) -> Tensor:
-        return torch.tensor([float(e["labels"] is not None) for e in examples])
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Summed loss of each row `[rows]`, in float32."""
+        raise NotImplementedError
 
-    def note_cut(self, cut: int, rows: int, limit: int, side: str) -> None:
-        """Says how many rows were too long, if any."""
-        if cut:
+    def predict(self, logits: Tensor, batch: Batch) -> list[Any]:
+        """One prediction per row."""
+        raise NotImplementedError
+
+    def metrics(self, predictions: Sequence[Any], rows: Sequence[Row | Example]) -> dict[str, float]:
+        """Scores against rows (or encoded examples), with `METRIC_low` and `METRIC_high` (95 %)."""
+        raise NotImplementedError
+
+    def label_of(self, row: Row) -> Any:
+        """The encoded answer of a row."""
+        raise NotImplementedError
+
+    def text_of(self, row: Row, column: str) -> str:
+        """The text in a column; an optional column may be empty."""
+        value = row.get(column)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            if column in self.columns.optional:
+                return ""
+            where = f'Row {row["id"]} has no text in the column "{column}"'
+            raise UserError(
+                f"{where}{'.' if column in row else did_you_mean(column, [k for k in row if k != 'id'])}"
+            )
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f'Row {row["id"]}: "{column}" holds {type(value).__name__}, expected text.')
+        return str(value)
+
+    def limit(self, tokenizer: Any) -> int:
+        """Tokens per row, decided once; raises `UserError` when more is asked for than the model can take."""
+        known = [
+            n for n in (tokenizer.model_max_length, self.position_limit) if n is not None and n < NO_LIMIT
+        ]
+        if self.max_length is None:
+            self.max_length = int(min([LENGTH, *known]))
+        if self.max_length < 1 or (known and self.max_length > min(known)):
+            most = f"from 1 to {int(min(known))}" if known else "at least 1"
+            raise UserError(f"max_length={self.max_length} does not suit this model: expected {most} tokens.")
+        return self.max_length
+
+    def note_cut(self, count: int, rows: int, limit: int) -> None:
+        """Says how many rows were cut."""
+        if count:
             self.notes.append(
-                f"{cut:,} of {rows:,} rows were longer than {limit} tokens and lost their {side}."
+                f"{count:,} of {rows:,} rows were longer than {limit} tokens and cut (--max-length)."
             )
 
-    def reference(self, row: Row) -> Any:
-        """The right answer of a raw row; None where it has none."""
-        return row.get(self.columns.label) if self.columns.label else None
-
-    def references(self, predictions: Sequence[Any], rows: Sequence[Row]) -> list[Any]:
-        """Right answers of raw or encoded rows; UserError where one is missing or the lengths differ."""
+    def same_length(self, predictions: Sequence[Any], rows: Sequence[Any]) -> None:
+        """Refuses predictions that do not belong to the rows, or none at all."""
         if len(predictions) != len(rows) or not rows:
             raise UserError(f"{len(predictions)} predictions for {len(rows)} rows cannot be measured.")
-        found = [row["reference"] if "input_ids" in row else self.reference(row) for row in rows]
-        for row, answer in zip(rows, found, strict=True):
-            if answer is None:
-                raise UserError(f'Row {row.get("id")} has no "{self.columns.label}" to measure it against.')
-        return found
-
-    def measured(
-        self, functions: dict[str, Metric], predictions: Sequence[Any], references: Sequence[Any]
-    ) -> dict[str, float]:
-        """Every metric, and the bootstrap interval of the main one unless `functions` lacks it."""
-        if self.custom is not None:
-            functions = {**functions, self.metric: self.custom}
-        found = {name: float(function(predictions, references)) for name, function in functions.items()}
-        if self.metric in functions:
-            low, high = interval(functions[self.metric], predictions, references, fast=self.custom is None)
-            found |= {f"{self.metric}_low": low, f"{self.metric}_high": high}
-        return found
 
     def describe(self) -> dict[str, Any]:
-        """All that `Task.from_description` needs to predict and measure again, JSON-ready."""
-        columns = self.columns
-        return {
-            "task": self.name,
-            "columns": {
-                "text": list(columns.text),
-                "label": columns.label,
-                "optional": list(columns.optional),
-            },
-            "max_length": self.max_length,
-            "positions": self._positions,
-            "metric": None if self.custom else self.metric,
-            "custom_metric": self.metric if self.custom else None,
+        """JSON-ready; all that predicting and evaluating later need. Read by `Task.from_description`."""
+        columns = {
+            "text": list(self.columns.text),
+            "label": self.columns.label,
+            "optional": list(self.columns.optional),
         }
+        return {
+            "task": self.name, "columns": columns, "max_length": self.max_length,
+            "metric": None if self.custom else self.metric, "pad_side": self.pad_side,
+            "position_ids": self.position_ids, "position_limit": self.position_limit, "learnt": self.learnt(),
+            "custom_metric": self.custom and getattr(self.custom, "__name__", "custom"),
+        }  # fmt: skip
 
-    def restore(self, described: dict[str, Any]) -> None:
-        """Takes what `describe` gave, beyond the constructor's options."""
-        self._positions = described.get("positions")
-        if described.get("custom_metric"):
-            self.notes.append(
-                f"The run was measured by {described['custom_metric']}, a function that is not saved: "
-                f"pass it again as the metric; {self.metric} is used now."
-            )
-
-    @classmethod
-    def options(cls, described: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's options in a description."""
-        return {"max_length": described.get("max_length"), "metric": described.get("metric")}
+    def learnt(self) -> dict[str, Any]:
+        """What `fit` found, as attributes, and options of the subclass."""
+        return {}
 
     @staticmethod
     def from_description(described: dict[str, Any]) -> Task:
-        """The task that `describe` described."""
-        from . import task_class
+        """The task that `describe` described; a custom metric comes back as the task's usual one."""
+        from tunewise.task import make_task
 
-        cls, columns = task_class(str(described.get("task"))), described["columns"]
-        found = Columns(
-            tuple(columns["text"]), columns["label"], cls.name, optional=tuple(columns.get("optional", ()))
+        given = described["columns"]
+        columns = Columns(
+            tuple(given["text"]), given["label"], described["task"], [], tuple(given["optional"])
         )
-        task = cls(found, **cls.options(described))
-        task.restore(described)
+        task = make_task(
+            described["task"], columns, max_length=described["max_length"], metric=described["metric"]
+        )
+        for name in ("pad_side", "position_ids", "position_limit"):
+            setattr(task, name, described[name])
+        for name, value in described["learnt"].items():
+            setattr(task, name, value)
+        if described.get("custom_metric"):
+            task.notes.append(
+                f"The metric {described['custom_metric']} is a function and was not saved: pass it again; "
+                f"{task.metric} is used now."
+            )
         return task
-
-
-def padded(rows: Sequence[Sequence[int]], width: int, fill: int, left: bool) -> Tensor:
-    """`[rows, width]` of int64."""
-    table = torch.full((len(rows), width), fill, dtype=torch.long)
-    for i, row in enumerate(rows):
-        table[i, slice(width - len(row), width) if left else slice(len(row))] = torch.tensor(
-            row, dtype=torch.long
-        )
-    return table
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Any id will do, since the attention mask alone says what is padding."""
-    for name in ("pad_token_id", "eos_token_id"):
-        found = getattr(tokenizer, name, None)
-        if isinstance(found, int):
-            return found
-    return 0
-
-
-def finite(value: Any) -> float | None:
-    """The value as a finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -1,126 +1,128 @@
-"""Prompts and answers as pieces of text, each learnt or only read, by the chat template or without."""
+"""Rows -> token ids and which of them are learnt: chat templates, prompt and answer, plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tunewise.core.errors import UserError
 
-__all__ = ["Piece", "Tokens", "conversation", "prompt_answer", "prompt_only", "tokenize"]
+__all__ = ["Message", "Tokens", "conversation", "plain_answer", "plain_text", "prompt_ids"]
 
-Tokens = tuple[list[int], list[bool]]
-
-ROLES = ("system", "user", "assistant", "tool", "developer")
+Message = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of text; `learnt` pieces are supervised, and `last` ones end with the end-of-turn token."""
+@dataclass
+class Tokens:
+    """Token ids, which of them are learnt, and how many assistant turns the rendered chat hides."""
 
-    text: str
-    learnt: bool
-    last: bool = False
+    ids: list[int] = field(default_factory=list)
+    learnt: list[bool] = field(default_factory=list)
+    lost_turns: int = 0
 
+    def add(self, ids: Sequence[int], learnt: bool) -> None:
+        self.ids += ids
+        self.learnt += [learnt] * len(ids)
 
-def prompt_only(prompt: str, tokenizer: Any, chat: bool) -> str:
-    """The text after which the model answers."""
-    if not chat:
-        return f"{prompt}\n" if prompt else ""
-    return _render([{"role": "user", "content": prompt}], tokenizer, True)
+    @property
+    def answer_start(self) -> int:
+        """Where the last run of learnt tokens begins; the length if nothing is learnt."""
+        end = len(self.ids)
+        while end and not self.learnt[end - 1]:
+            end -= 1
+        start = end
+        while start and self.learnt[start - 1]:
+            start -= 1
+        return start if start < end else len(self.ids)
 
-
-def prompt_answer(prompt: str, answer: str, tokenizer: Any, chat: bool) -> list[Piece]:
-    """The prompt is read, the answer and its end are learnt."""
-    if not chat:
-        return [Piece(prompt_only(prompt, tokenizer, False), False), Piece(answer, True, True)]
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return conversation(messages, tokenizer, "a prompt")
-
-
-def conversation(messages: Any, tokenizer: Any, where: str) -> list[Piece]:
-    """What the assistant says is learnt, everything else is read; text after its last turn is left out.
-
-    UserError where a message is malformed, nobody answers, or the chat template rewrites earlier turns.
-    """
-    _check(messages, where)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    whole, at, pieces = _render(messages[: turns[-1] + 1], tokenizer, False), 0, []
-    for turn in turns:
-        before = _render(messages[:turn], tokenizer, True)
-        after = _render(messages[: turn + 1], tokenizer, False)
-        if not (whole.startswith(after) and after.startswith(before)) or len(before) < at:
-            raise UserError(
-                f"The tokenizer's chat template writes {where} differently once it is answered, so the "
-                "answer cannot be told apart; pass chat=False to do without the template."
-            )
-        answer = _without_gap(after[len(before) :], tokenizer)
-        pieces += [Piece(whole[at : len(before)], False), Piece(answer, True, turn == turns[-1])]
-        at = len(before) + len(answer)
-    return pieces
+    def cut_left(self, limit: int, bos: int | None) -> bool:
+        """Keeps the last `limit` tokens (and a leading bos); whether anything was cut."""
+        if len(self.ids) <= limit:
+            return False
+        keep = 1 if self.ids[0] == bos and limit > 1 else 0
+        over = len(self.ids) - limit
+        del self.ids[keep : keep + over], self.learnt[keep : keep + over]
+        return True
 
 
-def _check(messages: Any, where: str) -> None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where} holds no list of messages.")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f'{where} has a message without text, expected {{"role": ..., "content": ...}}.')
-        if message.get("role") not in ROLES:
-            raise UserError(f"{where} has the role {message.get('role')!r}, expected {', '.join(ROLES)}.")
-    if all(m["role"] != "assistant" for m in messages):
-        raise UserError(f"{where} has no message of the role assistant, so there is nothing to learn.")
-
-
-def _render(messages: list[dict[str, str]], tokenizer: Any, prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise UserError(f"The chat template refuses messages in the order {roles}: {error}.") from error
-
-
-def _without_gap(answer: str, tokenizer: Any) -> str:
-    """White space after the end-of-turn token belongs to the next turn."""
-    bare = answer.rstrip()
-    ends = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    return bare if any(bare.endswith(e) for e in ends) else answer
-
-
-def tokenize(rows: Sequence[Sequence[Piece]], tokenizer: Any, chat: bool) -> list[Tokens]:
-    """(ids, learnt) per row; piece by piece, so that a prompt reads the same with and without answer.
-
-    A beginning token is put first where the tokenizer does so and the template has not; an end token is put
-    after the last answer unless the template has.
-    """
-    texts = [p.text for row in rows for p in row]
-    if not texts:
-        return []
-    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    start = [] if chat else _start(tokenizer)
-    ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    found = []
-    for row in rows:
-        ids, learnt = list(start), [False] * len(start)
-        for piece in row:
-            tokens = list(next(encoded))
-            if piece.last and not (chat and tokens and tokens[-1] in ends):
-                tokens.append(_end(tokenizer))
-            ids += tokens
-            learnt += [piece.learnt] * len(tokens)
-        found.append((ids, learnt))
-    return found
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _start(tokenizer: Any) -> list[int]:
+    """The bos token, if this tokenizer puts one before a text."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _end(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no end-of-sequence token, so the model could not learn to stop.")
-    return int(tokenizer.eos_token_id)
+def _render(tokenizer: Any, messages: Sequence[Message], ask: bool, row: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+    except TemplateError as error:
+        raise UserError(f"Row {row}: the model's chat template refuses the messages: {error}.") from None
+    return text
+
+
+def conversation(messages: Sequence[Message], tokenizer: Any, row: str) -> Tokens:
+    """The rendered chat; learnt is what the assistant says, up to and with its end-of-turn token.
+
+    Each piece is tokenized by itself, as a prompt is when the model has to answer it.
+    """
+    whole, made, at = _render(tokenizer, messages, False, row), Tokens(), 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = _render(tokenizer, messages[:i], True, row) if i else ""
+        end = _render(tokenizer, messages[: i + 1], False, row)
+        # Some templates rewrite earlier turns (they drop the reasoning): not every turn is found again.
+        if (
+            not i
+            or len(start) < at
+            or len(end) <= len(start)
+            or not (whole.startswith(start) and whole.startswith(end))
+        ):
+            made.lost_turns += 1
+            continue
+        made.add(_ids(tokenizer, whole[at : len(start)]), False)
+        _add_turn(made, _ids(tokenizer, whole[len(start) : len(end)]), tokenizer)
+        at = len(end)
+    if not any(made.learnt):
+        raise UserError(f"Row {row} has no assistant message that could be learnt.")
+    return made
+
+
+def _add_turn(made: Tokens, ids: list[int], tokenizer: Any) -> None:
+    special = set(tokenizer.all_special_ids)
+    stop = next((k for k in range(len(ids) - 1, -1, -1) if ids[k] in special), None)
+    if stop is None or tokenizer.decode(ids[stop + 1 :]).strip():
+        made.add([*ids, tokenizer.eos_token_id], True)
+        return
+    made.add(ids[: stop + 1], True)
+    made.add(ids[stop + 1 :], False)
+
+
+def plain_answer(prompt: str, answer: str, tokenizer: Any) -> Tokens:
+    """prompt, line break, answer, eos; the answer and eos are learnt."""
+    made = Tokens()
+    made.add([*_start(tokenizer), *_ids(tokenizer, f"{prompt}\n")], False)
+    made.add([*_ids(tokenizer, answer), tokenizer.eos_token_id], True)
+    return made
+
+
+def plain_text(text: str, tokenizer: Any) -> Tokens:
+    """The text and eos, all learnt."""
+    made = Tokens()
+    made.add(_start(tokenizer), False)
+    made.add([*_ids(tokenizer, text), tokenizer.eos_token_id], True)
+    return made
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Any, chat: bool, row: str) -> list[int]:
+    """What the model is given when it has to answer: exactly the part before the learnt tokens."""
+    if chat:
+        return _ids(tokenizer, _render(tokenizer, messages, True, row))
+    text = "\n".join(message["content"] for message in messages)
+    return [*_start(tokenizer), *_ids(tokenizer, f"{text}\n")]

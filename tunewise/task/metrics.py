@@ -1,4 +1,4 @@
-"""Metrics as plain functions (predictions, references) -> float, and their 95 % intervals."""
+"""Scores of predictions, and 95 % intervals of the main one."""
 
 from __future__ import annotations
 
@@ -9,167 +9,129 @@ from typing import Any
 
 import numpy as np
 
-from tunewise.core.errors import UserError
-
 __all__ = [
-    "CLASSIFICATION",
-    "REGRESSION",
-    "accuracy",
-    "balanced_accuracy",
+    "bootstrap",
+    "bootstrap_confusion",
+    "confusion",
+    "confusion_scores",
+    "custom_score",
     "exact_match",
     "final_answer",
-    "interval",
-    "macro_f1",
-    "mae",
-    "matthews",
-    "pearson",
-    "r2",
-    "rmse",
-    "spearman",
+    "regression_scores",
     "wilson",
 ]
 
-Metric = Callable[[Any, Any], float]
-RESAMPLES, RESAMPLES_SLOW = 1000, 200
+RESAMPLES = 1000
+CUSTOM_RESAMPLES = 200
 Z95 = 1.959963984540054
 
 
-def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Share of predictions that equal the reference."""
-    return float(np.mean(np.asarray(predictions) == np.asarray(references)))
+def confusion(truth: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
+    """Counts `[classes, classes]`: row = truth, column = prediction."""
+    table = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(table, (np.asarray(truth, dtype=np.int64), np.asarray(predicted, dtype=np.int64)), 1)
+    return table
 
 
-def _confusion(predictions: Any, references: Any) -> np.ndarray:
-    """Counts `[reference, prediction]` over the classes that occur in either."""
-    both = np.concatenate([np.asarray(references), np.asarray(predictions)])
-    names, index = np.unique(both, return_inverse=True)
-    half, classes = len(both) // 2, len(names)
-    return np.bincount(index[:half] * classes + index[half:], minlength=classes**2).reshape(classes, classes)
+def confusion_scores(table: np.ndarray) -> dict[str, float]:
+    """accuracy, macro F1, balanced accuracy and Matthews correlation of a table of counts.
+
+    Macro F1 is the mean over classes in truth or prediction, balanced accuracy over those in truth.
+    """
+    hits, truth, said, n = np.diag(table), table.sum(1), table.sum(0), int(table.sum())
+    f1 = 2 * hits[truth + said > 0] / (truth + said)[truth + said > 0]
+    recall = hits[truth > 0] / truth[truth > 0]
+    total = float(n) ** 2
+    spread = (total - float(np.square(said, dtype=float).sum())) * (
+        total - float(np.square(truth, dtype=float).sum())
+    )
+    mcc = (
+        (float(hits.sum()) * n - float(np.dot(said.astype(float), truth))) / math.sqrt(spread)
+        if spread > 0
+        else 0.0
+    )
+    return {
+        "accuracy": float(hits.sum() / n),
+        "macro_f1": float(f1.mean()),
+        "balanced_accuracy": float(recall.mean()),
+        "matthews": mcc,
+    }
 
 
-def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Mean over classes of 2 TP / (2 TP + FP + FN)."""
-    table = _confusion(predictions, references)
-    return float(np.mean(2 * np.diag(table) / (table.sum(0) + table.sum(1))))
+def regression_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """rmse, mae, Pearson and Spearman correlation (0 where one side is constant)."""
+    error = predicted - truth
+    return {
+        "rmse": float(np.sqrt(np.mean(error**2))),
+        "mae": float(np.mean(np.abs(error))),
+        "pearson": _correlation(truth, predicted),
+        "spearman": _correlation(_ranks(truth), _ranks(predicted)),
+    }
 
 
-def balanced_accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Mean recall over the classes that occur among the references."""
-    table = _confusion(predictions, references)
-    present = table.sum(1) > 0
-    return float(np.mean(np.diag(table)[present] / table.sum(1)[present]))
-
-
-def matthews(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Matthews correlation of predicted and right classes; 0 where either never varies."""
-    table = _confusion(predictions, references).astype(float)
-    right, said, total = table.sum(1), table.sum(0), table.sum()
-    spread = (total**2 - said @ said) * (total**2 - right @ right)
-    return float((np.trace(table) * total - right @ said) / math.sqrt(spread)) if spread > 0 else 0.0
-
-
-def _numbers(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(predictions, dtype=float), np.asarray(references, dtype=float)
-
-
-def rmse(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """sqrt(mean (p - r)^2)."""
-    p, r = _numbers(predictions, references)
-    return float(np.sqrt(np.mean((p - r) ** 2)))
-
-
-def mae(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """mean |p - r|."""
-    p, r = _numbers(predictions, references)
-    return float(np.mean(np.abs(p - r)))
-
-
-def r2(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """1 - sum (p - r)^2 / sum (r - mean r)^2; 0 where the references never vary."""
-    p, r = _numbers(predictions, references)
-    spread = float(np.sum((r - r.mean()) ** 2))
-    return 1.0 - float(np.sum((p - r) ** 2)) / spread if spread > 0 else 0.0
-
-
-def pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Linear correlation; 0 where either side never varies."""
-    p, r = _numbers(predictions, references)
-    if np.ptp(p) == 0 or np.ptp(r) == 0:
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
-    p, r = p - p.mean(), r - r.mean()
-    scale = np.linalg.norm(p) * np.linalg.norm(r)
-    return float(p @ r / scale) if scale > 0 else 0.0
-
-
-def spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Correlation of the ranks, ties sharing their mean rank; 0 where either side never varies."""
-    p, r = _numbers(predictions, references)
-    return pearson(_ranks(p), _ranks(r))  # type: ignore[arg-type]
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale > 0 else 0.0
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
-    return last[index]
+    """Ranks from 1; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion."""
+    p, z2 = hits / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(
+    n: int, score: Callable[[np.ndarray], float], resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % points of `score(rows)` over resampled row numbers; the same for the same data."""
+    make = np.random.default_rng(0)
+    return _ends([score(make.integers(0, n, n)) for _ in range(resamples)])
+
+
+def bootstrap_confusion(table: np.ndarray, name: str) -> tuple[float, float]:
+    """The bootstrap over rows, drawn directly as tables of counts."""
+    make, n = np.random.default_rng(0), int(table.sum())
+    draws = (make.multinomial(n, table.ravel() / n).reshape(table.shape) for _ in range(RESAMPLES))
+    return _ends([confusion_scores(draw)[name] for draw in draws])
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def custom_score(
+    metric: Callable[[list[Any], list[Any]], float], predictions: Sequence[Any], references: Sequence[Any]
+) -> tuple[float, float, float]:
+    """(score, low, high) of a user's own metric."""
+
+    def score(rows: np.ndarray) -> float:
+        return float(metric([predictions[i] for i in rows], [references[i] for i in rows]))
+
+    return (score(np.arange(len(references))), *bootstrap(len(references), score, CUSTOM_RESAMPLES))
 
 
 def final_answer(text: str) -> str:
-    """What stands after the last "####", without thousands separators; or else the whole text."""
-    _, mark, end = text.rpartition("####")
-    if not mark:
+    """What stands after the last `####`, without commas, spaces, $ and final dot; else the text's words."""
+    if "####" not in text:
         return " ".join(text.split())
-    line = end.strip().splitlines()[0] if end.strip() else ""
-    number = re.search(r"-?\d[\d,]*(?:\.\d+)?", line)
-    if number is None:
-        return line.strip()
-    digits = number.group().replace(",", "")
-    return re.sub(r"\.0+$", "", digits)
+    lines = text.rsplit("####", 1)[1].strip().splitlines()
+    answer = lines[0] if lines else ""
+    return re.sub(r"[,$ ]", "", answer).rstrip(".")
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of generated texts with the right final answer; a text without "####" is compared as a whole."""
-    hits = [final_answer(p) == final_answer(r) for p, r in zip(predictions, references, strict=True)]
-    return sum(hits) / len(hits)
-
-
-CLASSIFICATION: dict[str, Metric] = {
-    "accuracy": accuracy,
-    "macro_f1": macro_f1,
-    "balanced_accuracy": balanced_accuracy,
-    "matthews": matthews,
-}
-REGRESSION: dict[str, Metric] = {"rmse": rmse, "mae": mae, "pearson": pearson, "spearman": spearman, "r2": r2}
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share among `count`. Source: Wilson, 1927."""
-    z2 = Z95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def interval(
-    metric: Metric, predictions: Sequence[Any], references: Sequence[Any], fast: bool = True
-) -> tuple[float, float]:
-    """95 % interval: Wilson for shares of right answers, else percentiles of 1,000 resampled row sets.
-
-    The resampling has a fixed seed. `fast=False` makes it 200 and hands the metric plain lists.
-    """
-    if len(predictions) != len(references) or not len(references):
-        raise UserError(
-            f"{len(predictions)} predictions for {len(references)} references cannot be measured."
-        )
-    if metric in (accuracy, exact_match):
-        return wilson(metric(predictions, references), len(references))
-    generator = np.random.default_rng(0)
-    count, values = len(references), []
-    left, right = (np.asarray(predictions), np.asarray(references)) if fast else (None, None)
-    for _ in range(RESAMPLES if fast else RESAMPLES_SLOW):
-        chosen = generator.integers(count, size=count)
-        if left is not None and right is not None:
-            values.append(metric(left[chosen], right[chosen]))
-        else:
-            values.append(float(metric([predictions[i] for i in chosen], [references[i] for i in chosen])))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:
+    """The share of texts whose final answer is that of the reference."""
+    same = [final_answer(t) == final_answer(r) for t, r in zip(texts, references, strict=True)]
+    return sum(same) / len(same)

@@ -1,113 +1,101 @@
-"""Regression: one number per text or pair of texts."""
+"""l_i = (f_i - (y_i - mean) / std)^2: one number per row."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from tunewise.core.errors import UserError
+from tunewise.data import Columns
+from tunewise.task.base import Batch, CustomMetric, Example, Row, Task
+from tunewise.task.metrics import bootstrap, custom_score, regression_scores
 
-from .base import Batch, Example, Row, Task, finite
-from .metrics import REGRESSION
-from .text import encode_texts
+if TYPE_CHECKING:
+    from tunewise.head import Head
 
 __all__ = ["Regression"]
 
 
 class Regression(Task):
-    """loss = (logit - (y - mean) / std)^2 with mean and std of the training rows; logits `[rows, 1]`.
-
-    Predictions and metrics are in the unit of the data. `standardize=False` keeps mean 0 and std 1.
-    Raises `UserError` for labels that are no finite numbers or all equal.
-    """
+    """Squared error of the standardised target; predictions and metrics are in the units of the data."""
 
     name: ClassVar[str] = "regression"
-    known: ClassVar[dict[str, bool]] = {name: name not in ("rmse", "mae") for name in REGRESSION}
+    scores: ClassVar[dict[str, bool]] = {"rmse": False, "mae": False, "pearson": True, "spearman": True}
+    outputs: int | None = 1
 
-    def __init__(self, columns: Any, *, standardize: bool = True, **options: Any) -> None:
-        super().__init__(columns, **options)
-        self.standardize, self.mean, self.std = standardize, 0.0, 1.0
+    def __init__(
+        self,
+        columns: Columns,
+        *,
+        max_length: int | None = None,
+        metric: str | CustomMetric | None = None,
+        higher_is_better: bool = True,
+    ) -> None:
+        super().__init__(columns, max_length=max_length, metric=metric, higher_is_better=higher_is_better)
+        if columns.label is None:
+            raise UserError("Regression needs a label column: choose one with --label-column.")
+        self.mean, self.std = 0.0, 1.0
 
     def fit(self, rows: Sequence[Row]) -> None:
-        """Learns mean and standard deviation."""
-        values = [self._number(row) for row in rows]
-        if len(set(values)) < 2:
+        values = np.array([self._number(row) for row in rows])
+        self.mean, self.std = float(values.mean()), float(values.std())
+        if self.std == 0.0:
             raise UserError(
-                f'The label column "{self.columns.label}" is the same in all {len(rows)} training rows.'
+                f"All {len(rows):,} training rows have the target {self.mean:g}: there is nothing to learn."
             )
-        if self.standardize:
-            self.mean = math.fsum(values) / len(values)
-            self.std = math.sqrt(math.fsum((v - self.mean) ** 2 for v in values) / len(values))
 
     def _number(self, row: Row) -> float:
         value = row.get(str(self.columns.label))
-        number = finite(value)
-        if number is None:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
             raise UserError(
-                f'Row {row.get("id")}: "{self.columns.label}" is {value!r}, expected a finite number.'
+                f'Row {row["id"]} has {value!r} in the column "{self.columns.label}", expected a number.'
             )
         return number
 
-    def default_head(self, config: Any = None) -> Any:
-        """The model's own classification head with one output."""
+    def label_of(self, row: Row) -> float:
+        return (self._number(row) - self.mean) / self.std
+
+    def default_head(self, config: Any = None) -> Head:
         from tunewise.head import ClassHead
 
         return ClassHead()
 
-    def encode(
-        self, rows: Sequence[Row], tokenizer: Any, head: Any = None, *, labelled: bool = True
-    ) -> list[Example]:
-        """Token ids and the standardised label; texts cut at the end are counted in `notes`."""
-        limit = self.limit(tokenizer)
-        examples, cut = encode_texts(rows, self.columns.text, tokenizer, limit, head)
-        for row, example in zip(rows, examples, strict=True):
-            number = self._number(row) if labelled else None
-            label = None if number is None else (number - self.mean) / self.std
-            size = len(example["input_ids"])
-            example |= {"id": row["id"], "labels": label, "reference": number, "length": size}
-        self.note_cut(cut, len(rows), limit, "end")
-        return examples
-
-    def _labels(self, examples: Sequence[Example], width: int, left: bool) -> Tensor:
-        return torch.tensor([e["labels"] for e in examples], dtype=torch.float32)
-
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Squared error of each row, on the standardised scale."""
         if batch.labels is None:
             raise UserError(f"Row {batch.ids[0]} and its batch have no labels, so there is no loss.")
-        return (_one(logits) - batch.labels) ** 2
+        if logits.numel() != len(batch):
+            raise UserError(
+                f"The head gives logits of shape {list(logits.shape)}, expected [rows, 1] for regression."
+            )
+        return (logits.float().reshape(len(batch)) - batch.labels).square()
 
     def predict(self, logits: Tensor, batch: Batch) -> list[float]:
-        """Numbers in the unit of the data."""
-        return [value * self.std + self.mean for value in _one(logits).tolist()]
+        values: list[float] = (logits.double().reshape(len(batch)) * self.std + self.mean).tolist()
+        return values
 
-    def reference(self, row: Row) -> float | None:
-        """The label as a number."""
-        return finite(row.get(str(self.columns.label)))
-
-    def metrics(self, predictions: Sequence[Any], rows: Sequence[Row]) -> dict[str, float]:
-        """rmse, mae, pearson, spearman, r2."""
-        return self.measured(dict(REGRESSION), predictions, self.references(predictions, rows))
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"standardize": self.standardize, "mean": self.mean, "std": self.std}
-
-    def restore(self, described: dict[str, Any]) -> None:
-        super().restore(described)
-        self.mean, self.std = float(described["mean"]), float(described["std"])
-
-    @classmethod
-    def options(cls, described: dict[str, Any]) -> dict[str, Any]:
-        return super().options(described) | {"standardize": described.get("standardize", True)}
-
-
-def _one(logits: Tensor) -> Tensor:
-    if logits.dim() == 2 and logits.shape[1] != 1 or logits.dim() > 2:
-        raise UserError(
-            f"The head gives logits of shape {list(logits.shape)}, expected [rows, 1] for regression."
+    def metrics(self, predictions: Sequence[Any], rows: Sequence[Row | Example]) -> dict[str, float]:
+        self.same_length(predictions, rows)
+        truth = np.array(
+            [
+                row["labels"] * self.std + self.mean if "input_ids" in row else self._number(row)
+                for row in rows
+            ]
         )
-    return logits.float().reshape(-1)
+        said = np.array(predictions, dtype=float)
+        found = regression_scores(truth, said)
+        if self.custom is not None:
+            found[self.metric], low, high = custom_score(self.custom, said.tolist(), truth.tolist())
+        else:
+            low, high = bootstrap(len(truth), lambda i: regression_scores(truth[i], said[i])[self.metric])
+        return {**found, f"{self.metric}_low": low, f"{self.metric}_high": high}
+
+    def learnt(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std}

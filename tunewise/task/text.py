@@ -1,15 +1,58 @@
-"""Texts as token ids within a length; what is cut is counted."""
+"""Texts -> token ids, and rows of different length -> one rectangle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tunewise.core.errors import UserError
 
-from .base import Example, Row
+__all__ = ["IGNORED", "encode_for", "longest", "pad_id", "pad_rows", "pad_sequences", "tokenize"]
 
-__all__ = ["encode_texts", "longest", "row_texts"]
+# The value of labels that are not supervised, as in torch's cross-entropy.
+IGNORED = -100
+TOKEN_FIELDS = ("input_ids", "token_type_ids")
+
+
+def tokenize(
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int
+) -> tuple[list[dict[str, list[int]]], int]:
+    """({input_ids, token_type_ids if the tokenizer has them} per text or text pair, how many were cut)."""
+    if not texts:
+        return [], 0
+    found = _call(texts, tokenizer)
+    long = [i for i, row in enumerate(found) if len(row["input_ids"]) > limit]
+    if long:
+        short = _call([texts[i] for i in long], tokenizer, truncation=True, max_length=limit)
+        for i, row in zip(long, short, strict=True):
+            found[i] = row
+    return found, len(long)
+
+
+def encode_for(
+    head: Any, texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int
+) -> tuple[list[dict[str, list[int]]], int]:
+    """`tokenize` as the head wants it: by its `encode_texts`, or inside what its `render` writes."""
+    if hasattr(head, "encode_texts"):
+        made: tuple[list[dict[str, list[int]]], int] = head.encode_texts(texts, tokenizer, limit)
+        return made
+    if not hasattr(head, "render"):
+        return tokenize(texts, tokenizer, limit)
+    joined, render = [" ".join(t) for t in texts], head.render
+    if not joined:
+        return [], 0
+    found, cut = _call([(render(t),) for t in joined], tokenizer), 0
+    for i, text in enumerate(joined):
+        if len(found[i]["input_ids"]) <= limit:
+            continue
+        fit = longest(text, limit, lambda t: len(_call([(render(t),)], tokenizer)[0]["input_ids"]))
+        if not fit:
+            raise UserError(f"max_length={limit} leaves no room for text beside the head's template.")
+        found[i], cut = _call([(render(fit),)], tokenizer)[0], cut + 1
+    return found, cut
 
 
 def longest(text: str, most: int, size: Callable[[str], int], *, end: bool = False) -> str | None:
@@ -27,73 +70,38 @@ def longest(text: str, most: int, size: Callable[[str], int], *, end: bool = Fal
     return part(low)
 
 
-def row_texts(row: Row, columns: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
-    """The text of each column; numbers become text, a missing one is refused unless it is optional."""
-    found = []
-    for name in columns:
-        value = row.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-            value = str(value)
-        if isinstance(value, str) and (value.strip() or name not in optional):
-            found.append(value)
-        elif name not in optional:
-            kind = "missing" if value is None else f"{type(value).__name__}, expected text"
-            raise UserError(f'Row {row.get("id")}: the column "{name}" is {kind}.')
-    return found
+def _call(texts: Sequence[tuple[str, ...]], tokenizer: Any, **options: Any) -> list[dict[str, list[int]]]:
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    made = tokenizer(*columns, verbose=False, return_attention_mask=False, **options)
+    names = [name for name in TOKEN_FIELDS if name in made]
+    return [{name: list(made[name][i]) for name in names} for i in range(len(texts))]
 
 
-def encode_texts(
-    rows: Sequence[Row], columns: Sequence[str], tokenizer: Any, limit: int, head: Any = None
-) -> tuple[list[Example], int]:
-    """({input_ids, token_type_ids if the tokenizer has them} per row, number of rows that were cut).
-
-    With a head that has `render`, the texts are put into its sentence and only the row's own text is cut.
-    """
-    if not rows:
-        return [], 0
-    texts = [row_texts(row, columns) for row in rows]
-    render = getattr(head, "render", None)
-    if render is not None:
-        return _encode_rendered(rows, [" ".join(t) for t in texts], render, tokenizer, limit)
-    _room_for_text(tokenizer, limit, len(columns) > 1)
-    firsts, seconds = [t[0] for t in texts], [t[1] for t in texts] if len(columns) > 1 else None
-    whole = tokenizer(firsts, seconds, truncation=False, verbose=False)
-    examples = _examples(whole)
-    long = [i for i, e in enumerate(examples) if len(e["input_ids"]) > limit]
-    if long:
-        again = [seconds[i] for i in long] if seconds else None
-        shorter = tokenizer([firsts[i] for i in long], again, truncation=True, max_length=limit)
-        for i, example in zip(long, _examples(shorter), strict=True):
-            examples[i] = example
-    return examples, len(long)
+def pad_id(tokenizer: Any) -> int:
+    """An id to fill with; which one does not matter, since the attention mask says what is padding."""
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    return 0
 
 
-def _encode_rendered(
-    rows: Sequence[Row], texts: list[str], render: Callable[[str], str], tokenizer: Any, limit: int
-) -> tuple[list[Example], int]:
-    examples = _examples(tokenizer([render(t) for t in texts], truncation=False, verbose=False))
-    cut = 0
-    for i, example in enumerate(examples):
-        if len(example["input_ids"]) <= limit:
-            continue
-        fit = longest(texts[i], limit, lambda t: len(tokenizer(render(t), verbose=False)["input_ids"]))
-        if not fit:
-            raise UserError(
-                f"Row {rows[i].get('id')}: max_length={limit} leaves no room for text beside the template."
-            )
-        examples[i] = _examples(tokenizer([render(fit)], verbose=False))[0]
-        cut += 1
-    return examples, cut
+def pad_sequences(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
+    """`[rows, longest]` integers, filled with `value` on `side`."""
+    width = max(len(row) for row in rows)
+    table = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        table[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+    return table
 
 
-def _room_for_text(tokenizer: Any, limit: int, pair: bool) -> None:
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if limit <= special:
-        raise UserError(
-            f"max_length={limit} leaves no room for text: the tokenizer adds {special} tokens of its own."
-        )
-
-
-def _examples(encoded: Any) -> list[Example]:
-    names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
-    return [{n: list(encoded[n][i]) for n in names} for i in range(len(encoded["input_ids"]))]
+def pad_rows(examples: Sequence[dict[str, Any]], tokenizer: Any, side: str) -> dict[str, Tensor]:
+    """{input_ids, attention_mask, token_type_ids if the examples have them}, each `[rows, longest]`."""
+    ids = [e["input_ids"] for e in examples]
+    inputs = {
+        "input_ids": pad_sequences(ids, pad_id(tokenizer), side),
+        "attention_mask": pad_sequences([[1] * len(row) for row in ids], 0, side),
+    }
+    if "token_type_ids" in examples[0]:
+        inputs["token_type_ids"] = pad_sequences([e["token_type_ids"] for e in examples], 0, side)
+    return inputs

@@ -1,0 +1,218 @@
+"""What every conformance check needs: cases (method x base model), bases loaded once, outputs, comparisons."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import tiny
+from tunewise.core.adaptation import handles
+from tunewise.core.errors import UserError
+from tunewise.core.handle import Handle, attach
+from tunewise.core.merge import mergeable
+from tunewise.core.method import get_method, method_names
+from tunewise.core.recipe import Recipe
+
+from . import third_party  # noqa: F401 - its method joins the catalog, as a user's own does
+
+__all__ = ["BASES", "Case", "close", "each", "fresh", "gap", "outputs", "perturb", "real_tokens", "refused", "same"]
+
+BASES = ("roberta", "llama")
+PADS = {"roberta": 1, "llama": 0}
+AUTO = {
+    "base": "AutoModel", "masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+}  # fmt: skip
+
+
+@cache
+def _base(base: str, kind: str) -> nn.Module:
+    """Roberta is the real antibody model (4 layers, width 128); Llama is a random one (2 layers, width 32)."""
+    import transformers
+
+    from tunewise.assets import model_path
+    from tunewise.assets.convert import quiet_transformers
+
+    auto = getattr(transformers, AUTO[kind])
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(0)
+        if base == "llama":
+            return tiny("llama") if kind == "causal_lm" else auto.from_config(tiny("llama").config).eval()
+        options = {"add_pooling_layer": False} if kind == "base" else {}
+        model: nn.Module = auto.from_pretrained(model_path("tiny-roberta"), **options)
+    return model.eval()
+
+
+def fresh(base: str, kind: str) -> nn.Module:
+    """A copy of its own of a base model, in eval mode."""
+    return copy.deepcopy(_base(base, kind))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one base model. `change` edits the fresh base before anything is attached."""
+
+    name: str
+    recipe: Callable[[], Recipe]
+    base: str = "roberta"
+    lr: float = 1e-3
+    change: Callable[[nn.Module], Any] | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.base}"
+
+    @cached_property
+    def parts(self) -> Recipe:
+        """The recipe, to read properties from."""
+        return self.recipe()
+
+    @property
+    def mergeable(self) -> bool:
+        return all(mergeable(p) for p in self.parts["delta"])
+
+    @property
+    def declares_identity(self) -> bool:
+        return all(p.identity for p in self.parts["delta"])  # type: ignore[attr-defined]
+
+    def kind(self, recipe: Recipe) -> str:
+        """Which model class the recipe's head reads; without a head the language model."""
+        plain = "masked_lm" if self.base == "roberta" else "causal_lm"
+        head: Any = recipe.single("head")
+        return plain if head is None else str(head.auto_for(_base(self.base, plain).config))
+
+    def model(self) -> nn.Module:
+        """A fresh base model without any adaptation."""
+        model = fresh(self.base, self.kind(self.parts))
+        if self.change is not None:
+            self.change(model)
+        return model
+
+    def attach(
+        self, model: nn.Module, *, seed: int = 1, moved: bool = True, name: str = "default", **options: Any
+    ) -> Handle:
+        """Attaches; with `moved`, tensors leave their start, so that zero factors hide nothing.
+
+        A refusal in words skips the check (`test_methods.py` demands that some base model is accepted).
+        """
+        try:
+            handle = self.attach_or_raise(model, seed=seed, name=name, **options)
+        except UserError as error:
+            pytest.skip(str(error))
+        if moved:
+            perturb(handle, seed)
+        return handle
+
+    def attach_or_raise(self, model: nn.Module, *, seed: int = 1, **options: Any) -> Handle:
+        """Attaches with heads that have met a task of two classes."""
+        recipe = self.recipe()
+        task = SimpleNamespace(name="classification", labels=["a", "b"])
+        for head in recipe["head"]:
+            head.setup(task, None, model)  # type: ignore[attr-defined]
+        return attach(model, recipe, seed=seed, **options)
+
+    def adapted(self, seed: int = 1) -> tuple[nn.Module, Handle]:
+        """A fresh base with the method attached and moved."""
+        model = self.model()
+        return model, self.attach(model, seed=seed)
+
+    def batch(
+        self, lengths: tuple[int, ...] = (9, 6), pad: str = "right", counted: bool = False
+    ) -> dict[str, Tensor]:
+        """Model inputs of random tokens; row i is the same text whatever the others and the padding are.
+
+        With `counted`, decoders get positions counted from the mask, as `generate` gives them.
+        """
+        width, pad_id = max(lengths), PADS[self.base]
+        ids = torch.full((len(lengths), width), pad_id)
+        mask = torch.zeros(len(lengths), width, dtype=torch.long)
+        for i, n in enumerate(lengths):
+            text = torch.randint(4, 24, (n,), generator=torch.Generator().manual_seed(i * 1000 + n))
+            where = slice(width - n, width) if pad == "left" else slice(n)
+            ids[i, where], mask[i, where] = text, 1
+        found = {"input_ids": ids, "attention_mask": mask}
+        if counted and self.base == "llama":
+            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return found
+
+
+def each(*bases: str, when: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+    """Parametrises a test over the whole catalog and `bases` (default: all), where the property `when` holds.
+
+    A new method joins by being there.
+    """
+    cases: list[Any] = []
+    for name in method_names():
+        found = get_method(name)
+        for base in bases or BASES:
+            case = Case(name, found, base, lr=found.lr[1] if found.lr else 1e-3)
+            if when(case):
+                cases.append(pytest.param(case, id=case.id))
+    return pytest.mark.parametrize("case", cases)
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> Tensor:
+    """What the model answers: the head's logits if an adaptation brings a head, else logits or hidden states."""
+    with torch.set_grad_enabled(grad):
+        found = model(**batch)
+        for handle in handles(model).values():
+            for _, _, t in handle.sites:
+                if t.part.slot == "head" and (handle.active or handle.merged is not None):
+                    view = SimpleNamespace(inputs=batch, ids=[str(i) for i in range(len(batch["input_ids"]))])
+                    return t.part.logits(t.cast(torch.float32), found, view)  # type: ignore[no-any-return]
+        return found.logits if "logits" in found else found.last_hidden_state  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def perturb(handle: Handle, seed: int, size: float = 0.03) -> None:
+    """Every trainable tensor moves by seeded noise."""
+    make = torch.Generator().manual_seed(seed)
+    for p in handle.parameters():
+        p.add_(torch.randn(p.shape, generator=make).to(p.dtype) * size)
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    """max |found - wanted| / max |wanted|; NaN counts as infinitely far."""
+    assert found.shape == wanted.shape, f"shapes {tuple(found.shape)} and {tuple(wanted.shape)}"
+    found, wanted = found.detach(), wanted.detach()
+    value = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-12))
+    return float("inf") if value != value else value
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    """Fails when two tensors are further apart than `tolerance`, relative to the largest value."""
+    far = gap(found, wanted)
+    assert far <= tolerance, f"{what}: relative difference {far:.1e}, allowed {tolerance:.0e}"
+
+
+def same(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Fails when two tensors are not bit-equal."""
+    assert torch.equal(found, wanted), f"{what}: not bit-equal, relative difference {gap(found, wanted):.1e}"
+
+
+def real_tokens(values: Tensor, batch: dict[str, Tensor], row: int) -> Tensor:
+    """The answer for one row without what stands at padding."""
+    if values.dim() == 3 and values.shape[1] == batch["input_ids"].shape[1]:
+        return values[row][batch["attention_mask"][row].bool()]
+    return values[row]
+
+
+@contextmanager
+def refused(what: str, words: Iterable[str] = ()) -> Any:
+    """The block must raise `UserError`, one sentence that holds all of `words`."""
+    try:
+        yield
+    except UserError as error:
+        for word in words:
+            assert word in str(error), f"{what}: the refusal does not say {word!r}: {error}"
+        return
+    raise AssertionError(f"{what}: was not refused")

@@ -1,0 +1,77 @@
+"""What README and CONTRIBUTING show runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tunewise import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / file).read_text(encoding="utf-8"), re.S | re.M)
+
+
+def commands() -> list[str]:
+    lines = [
+        line
+        for file in ("README.md", "CONTRIBUTING.md")
+        for b in blocks(file, "bash")
+        for line in b.splitlines()
+    ]
+    return [line for line in lines if line.startswith("tunewise")]
+
+
+def test_python_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("README.md", "python")
+    assert 8 <= len([line for line in example.splitlines() if line.strip()]) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert re.match(r"0\.\d+ runs/peptides\n\[\{", out), out
+    assert (tmp_path / "runs" / "peptides" / "report.html").is_file()
+    assert (tmp_path / "adaptation" / "adaptation.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_understood(command: str) -> None:
+    function, bound, _ = cli.app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
+    assert callable(function) and bound is not None
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for file in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert set(re.findall(r"`make (\w+)|^make (\w+)", text, re.M)), file
+        named = {a or b for a, b in re.findall(r"`make (\w+)|^make (\w+)", text, re.M)}
+        assert named <= targets
+
+
+def test_method_of_contributing_works(tmp_path: Path) -> None:
+    import torch
+
+    import tunewise as tw
+
+    (code,) = blocks("CONTRIBUTING.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) < 40
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    x = torch.randn(4, 3)
+    before = model(x)
+    handle = tw.attach(model, f"{tmp_path}/mine.py:rank_one_scale")
+    assert handle.trainable == 3 + 2
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        handle.parameters()[0].fill_(0.5)
+    tuned = model(x)
+    assert torch.allclose(tuned, x @ (model[0].weight * 1.5).T + model[0].bias, atol=1e-6)
+    handle.merge()
+    assert torch.allclose(model(x), tuned, atol=1e-6)

@@ -64,6 +64,19 @@ class Result:
         examples = self._run.task.encode(_table(rows), self.tokenizer, self._run.recipe.single("head"))
         return measure(self._run, examples)
 
+    def measure_test(self, say: Any = None, stage: Any = None) -> dict[str, float]:
+        """Measures the test rows, once, and adds their metrics under their own names."""
+        from tunewise.loop.evaluate import evaluate as measure
+        from tunewise.prepare import encode
+
+        assert self._prepared is not None and self._run is not None
+        encode(self._prepared, ("test",), say or (lambda sentence: None))
+        examples = self._prepared.examples.get("test")
+        if examples:
+            tick = stage("test rows", len(examples)) if stage is not None else None
+            self.metrics.update(measure(self._run, examples, tick))
+        return self.metrics
+
     @classmethod
     def open(cls, directory: str | Path, prepared: Prepared | None = None, device: str = "auto") -> Result:
         """A finished run from its folder: base model loaded, adaptation restored."""

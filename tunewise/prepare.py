@@ -116,6 +116,9 @@ def load_base(
         base = {"name": str(model), "auto": auto, "labels": labels, "regression": regression}
         prepared = Prepared(loaded, tokenizer, recipe, data, base)
     task.bind(prepared.model.config)  # type: ignore[arg-type]
+    taken = sum(getattr(part, "positions", 0) for part in prepared.recipe["delta"])
+    if task.position_limit is not None and taken:
+        task.position_limit -= taken
     for head in prepared.recipe["head"]:
         head.setup(task, prepared.tokenizer, prepared.model)  # type: ignore[attr-defined]
     return prepared

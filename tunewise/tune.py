@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Result", "evaluate", "export_run", "merge_run", "predict", "tune"]
 
 Say = Callable[[str], None]
-RATES = {"full": 1e-4}
 DEFAULT_RATE = 1e-4
 
 
@@ -32,7 +31,7 @@ def tune(
     max_length: int | None = None, dtype: str | None = None, device: str = "auto", seed: int = 0,
     out: str | Path | None = None, resume: bool = False, dry_run: bool = False, skip_bad_rows: bool = False,
     checkpoint_every: int | None = None, options: dict[str, Any] | None = None, tokenizer: Any = None,
-    say: Say | None = None, progress: bool = False,
+    say: Say | None = None, progress: bool = False, final_test: bool = True,
 ) -> Result:  # fmt: skip
     """Fine-tunes `model` on `data` by `method`; gives metrics, predictions, the model and its handle.
 
@@ -40,6 +39,7 @@ def tune(
     data    a file, folder, demo name, `datasets` id, Dataset, DataFrame or list of dicts
     metric  a name of the task's, or a function (predictions, references) -> float
     out     folder of the run; without it nothing is written. `options` are further settings of the loop.
+    final_test=False leaves the test rows alone: for choosing settings by validation rows
     Test rows are only touched by the last evaluation. Raises `UserError` for bad input before anything is trained,
     and `RunError` when a run cannot go on (a loss that became NaN).
     """
@@ -62,7 +62,7 @@ def tune(
     settings = Settings.of(**{k: v for k, v in given.items() if v is not None} | (options or {}))
     if dry_run:
         return _dry(prepared, settings)
-    return _execute(prepared, settings, seed, Path(out) if out is not None else None, resume, say, progress)
+    return _execute(prepared, settings, seed, Path(out) if out is not None else None, resume, say, progress, final_test)
 
 
 def _default_rate(prepared: Prepared) -> float:
@@ -103,7 +103,8 @@ def _identity(prepared: Prepared, settings: Settings, seed: int) -> dict[str, An
 
 
 def _execute(
-    prepared: Prepared, settings: Settings, seed: int, out: Path | None, resume: bool, say: Say, progress: bool
+    prepared: Prepared, settings: Settings, seed: int, out: Path | None, resume: bool, say: Say, progress: bool,
+    final_test: bool,
 ) -> Result:
     from tunewise.core.run import Run
     from tunewise.machine import PeakMemory, environment
@@ -130,9 +131,11 @@ def _execute(
         seconds = time.perf_counter() - started
         memory.read()
         run.listen = lambda row: None
-        metrics = _measure(prepared, run, bar, say)
+        metrics = _measure(prepared, run)
+        result = Result(metrics=metrics, prepared=prepared, handle=handle, directory=out, run=run)
+        if final_test:
+            result.measure_test(say, bar.stage)
     metrics |= {"seconds": seconds, "peak_memory_mb": memory.bytes / 2**20, "trainable": handle.trainable, "steps": run.step}
-    result = Result(metrics=metrics, prepared=prepared, handle=handle, directory=out, run=run)
     if record is not None:
         _keep(record, result, identity)
     return result
@@ -147,18 +150,13 @@ def _listener(record: Record | None, bar: Progress, run: Run) -> Callable[[dict[
     return listen
 
 
-def _measure(prepared: Prepared, run: Run, bar: Progress, say: Say) -> dict[str, float]:
-    """Test metrics under their own name, validation metrics with a prefix."""
+def _measure(prepared: Prepared, run: Run) -> dict[str, float]:
+    """Validation metrics of the state that was kept, with a prefix."""
     from tunewise.loop.evaluate import evaluate as measure
 
-    metrics: dict[str, float] = {}
-    if "valid" in prepared.examples:
-        metrics |= {f"valid/{k}": v for k, v in measure(run, prepared.examples["valid"]).items()}
-    encode(prepared, ("test",), say)
-    if "test" in prepared.examples:
-        tick = bar.stage("test rows", len(prepared.examples["test"]))
-        metrics |= measure(run, prepared.examples["test"], tick)
-    return metrics
+    if "valid" not in prepared.examples:
+        return {}
+    return {f"valid/{k}": v for k, v in measure(run, prepared.examples["valid"]).items()}
 
 
 def _keep(record: Record, result: Result, identity: dict[str, Any]) -> None:

@@ -109,9 +109,8 @@ def check_save_restore(case: Case, folder: Path) -> None:
 
 def check_two_adaptations(case: Case) -> None:
     """a, b and none on one base: each answers exactly as if it were alone."""
-    batch, alone = case.batch(), {s: case.adapted(s)[0] for s in (1, 2)}
-    wanted = {s: outputs(m, batch) for s, m in alone.items()}
-    model = case.model()
+    batch, model = case.batch(), case.model()
+    wanted = {s: outputs(case.adapted(s)[0], batch) for s in (1, 2)}
     none = outputs(model, batch)
     first = case.attach(model, seed=1, name="first")
     second = case.attach(model, seed=2, name="second")

@@ -53,19 +53,25 @@ def in_steps(case: Case) -> bool:
     return isinstance(case.parts.single("loop") or Single(), Single)
 
 
-def whole(recipe: Recipe) -> Recipe:
+def whole(recipe: Recipe, eps: float = 1e-8) -> Recipe:
     """The recipe with what a run needs: a classification head, a loss, an optimizer, a loop."""
     recipe = recipe if recipe["head"] else recipe + ClassHead()
-    return recipe.with_defaults(objective=TaskLoss(), optimizer=AdamW(), loop=Single())
+    return recipe.with_defaults(objective=TaskLoss(), optimizer=AdamW(eps=eps), loop=Single())
 
 
-def training_run(case: Case, *more: Part, folder: Path | None = None, still: bool = False, **settings: Any) -> Run:
-    """A run of the method on real rows, ready to be started; with `still` the base has no dropout."""
+def training_run(
+    case: Case, *more: Part, folder: Path | None = None, still: bool = False, rows: int = 64, **settings: Any
+) -> Run:
+    """A run of the method on real rows, ready to be started.
+
+    With `still` the base has no dropout, and an optimizer that does not divide rounding errors by themselves.
+    """
     task, tokenizer, data = peptides()
     recipe = case.recipe()
     for part in more:
         recipe = recipe + part
-    recipe = whole(recipe)
+    recipe = whole(recipe, eps=1e-2 if still else 1e-8)
+    data = {"train": data["train"][:rows], "valid": data["valid"]}
     head: Any = recipe.single("head")
     kind = str(head.auto_for(fresh(case.base, "base").config))  # type: ignore[arg-type]
     model = fresh(case.base, kind)
@@ -98,7 +104,7 @@ def loss_now(run: Run) -> float:
 
 def check_loss_falls(case: Case) -> None:
     """On real rows the training loss falls within 30 steps: by hand, or in the method's own loop or optimizer."""
-    run = training_run(case, batch_size=16, steps=30)
+    run = training_run(case, steps=30)
     before = loss_now(run)
     if not in_steps(case) or "optimizer" in case.parts.essential:
         start(run)
@@ -113,7 +119,7 @@ def _by_hand(run: Run, lr: float, steps: int) -> None:
     optimizer = torch.optim.AdamW(run.handle.parameters(), lr=lr)
     run.handle.run = run
     run.handle.watch(optimizer)
-    stream = run.batches("train", 16)
+    stream = run.batches("train", 8)
     for _ in range(steps):
         run.model.train()
         run.handle.frozen_eval()
@@ -128,13 +134,13 @@ class Killed(Exception):
 
 
 def check_resume(case: Case, folder: Path) -> None:
-    """Killed after step 5 and started anew from the checkpoint at 4: bit-equal to a run that was never stopped."""
-    options = {"steps": 8, "checkpoint_every": 4}
+    """Killed after step 3 and started anew from the checkpoint at 2: bit-equal to a run that was never stopped."""
+    options = {"steps": 4, "checkpoint_every": 2}
     wanted = start(training_run(case, folder=folder / "whole", **options))
     killed = training_run(case, folder=folder / "parts", **options)
 
     def listen(row: dict[str, Any]) -> None:
-        if row["step"] == 5:
+        if row["step"] == 3:
             raise Killed
 
     killed.listen = listen
@@ -144,7 +150,7 @@ def check_resume(case: Case, folder: Path) -> None:
         torch.manual_seed(123)
     again = training_run(case, folder=folder / "parts", **options)
     found = start(again)
-    assert again.step == 8, f"the resumed run ended at step {again.step} of 8"
+    assert again.step == 4, f"the resumed run ended at step {again.step} of 4"
     assert list(found) == list(wanted), "the resumed run has other tensors"
     for name, value in found.items():
         same(value, wanted[name], f"{name} after resuming")
@@ -182,7 +188,7 @@ class Spy(Part):
 def check_lifecycle(case: Case, accumulation: int) -> None:
     """Events come in order and once per optimizer step, whatever the number of micro-batches."""
     Spy.heard.clear()
-    start(training_run(case, Spy(), batch_size=32, steps=3, micro_batch=32 // accumulation))
+    start(training_run(case, Spy(), rows=8, batch_size=4, steps=3, micro_batch=4 // accumulation))
     step = ["select", "before_step", "gradients", "after_step"]
     wanted = ["prepare", *step, *step, "boundary epoch", *step, "boundary stage", "finish"]
     assert Spy.heard == wanted, f"events were {Spy.heard}"
@@ -192,11 +198,8 @@ def check_accumulation(case: Case) -> None:
     """Without dropout, one batch and four micro-batches train to the same numbers."""
     one, four = (start(training_run(case, still=True, steps=2, micro_batch=n)) for n in (8, 2))
     for name, value in one.items():
-        if value.is_floating_point() and value.any():
-            # Adam's first steps divide by the gradient: a true gradient of 0 moves by its rounding errors
-            moved = (value - four[name]).abs()
-            share = float((moved > 0.05 * case.lr).float().mean())
-            assert share <= 0.02 or "key.bias" in name, f"{share:.0%} of {name} depends on the accumulation"
+        error = float((four[name] - value).abs().max()) if value.is_floating_point() else 0.0
+        assert error <= 1e-2 * case.lr, f"{name} depends on the accumulation: {error:.1e} after two steps"
 
 
 class Extra(Part):
@@ -214,9 +217,9 @@ def check_zero_weight(case: Case) -> None:
     own = [p for p in case.parts["objective"] if not isinstance(p, TaskLoss) and "weight" in _options(p)]
     plain = Case(case.name, lambda: _without(case.recipe(), own), case.base, case.lr)
     zero = Case(case.name, lambda: _weightless(case.recipe()), case.base, case.lr)
-    wanted = start(training_run(plain, steps=3))
-    found = start(training_run(zero, TaskLoss(), Extra(weight=0.0), steps=3))
-    loud = start(training_run(plain, TaskLoss(), Extra(weight=1.0), steps=3))
+    wanted = start(training_run(plain, steps=2))
+    found = start(training_run(zero, TaskLoss(), Extra(weight=0.0), steps=2))
+    loud = start(training_run(plain, TaskLoss(), Extra(weight=1.0), steps=2))
     for name, value in wanted.items():
         same(found[name], value, f"{name} with a loss of weight 0")
     assert any(not torch.equal(loud[n], wanted[n]) for n in wanted), "a loss of weight 1 changes nothing either"

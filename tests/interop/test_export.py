@@ -1,4 +1,4 @@
-"""What is exported computes what the adaptation computed, without Tunewise, and the model in memory stays as it was."""
+"""What is exported computes what the adaptation computed, and the model in memory stays as it was."""
 
 from __future__ import annotations
 

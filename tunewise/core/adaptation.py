@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .widths import with_widths
 __all__ = ["Adaptation", "Existing", "Info", "handles", "root_site"]
 
 PREFIX = "tw_"
+WORDS = re.compile("(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])")  # LoRA is one word, SoftPrompt are two
 TAPPED = ("block", "embedding", "norm", "linear")
 
 
@@ -102,8 +104,7 @@ class Adaptation:
         found: list[tuple[str, Delta]] = []
         for part in [*self.recipe["delta"], *self.recipe["head"]]:
             assert isinstance(part, Delta)
-            key = "".join("_" + c.lower() if c.isupper() and i and not type(part).__name__[i - 1].isupper() else c.lower()
-                          for i, c in enumerate(type(part).__name__))  # fmt: skip
+            key = WORDS.sub("_", type(part).__name__).lower()
             taken = [k for k, _ in found if k == key or k.rstrip("0123456789") == key + "_"]
             found.append((key if not taken else f"{key}_{len(taken) + 1}", part))
         return found
@@ -172,6 +173,10 @@ class Adaptation:
             for n, p in self.model.named_parameters(remove_duplicate=False)
             if f".{PREFIX}" not in f".{n}"
         }
+        holders: dict[int, list[str]] = {}
+        for name, p in params.items():
+            holders.setdefault(id(p), []).append(name)
+        taken = {id(e.original) for e in self.existing.values()}
         for name, tag in names.items():
             original = params[name]
             if not original.is_floating_point():
@@ -180,9 +185,10 @@ class Adaptation:
                 )
             if original.is_meta and device_of(self.model).type != "meta":
                 raise UserError(f"{name} is offloaded and cannot be trained there: attach first, then offload.")
-            if any(e.original is original for e in self.existing.values()):
+            if id(original) in taken:
                 continue
-            where = [n for n, p in params.items() if p is original]
+            taken.add(id(original))
+            where = holders[id(original)]
             places = [(self.model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in where]
             if places[0][1] == "weight" and is_quantized(places[0][0]):
                 raise UserError(

@@ -60,6 +60,11 @@ class Delta(Part):
         """The tensors owned at one site."""
         return {}
 
+    @property
+    def positions(self) -> int:
+        """How many positions of the model the delta takes away from the input."""
+        return 0
+
     def side_tensors(self, site: Site, taps: Sequence[Site]) -> dict[str, P]:
         """The tensors of a side network that reads `taps` and writes `site`."""
         return self.tensors(site)

@@ -31,6 +31,10 @@ class SoftPrompt(Delta):
     tokens: PositiveInt = 16
     keep: bool = False
 
+    @property
+    def positions(self) -> int:
+        return self.tokens
+
     def tensors(self, site: Site) -> dict[str, P]:
         if not hasattr(site.module, "get_input_embeddings"):
             raise UserError(

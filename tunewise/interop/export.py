@@ -86,7 +86,7 @@ def _hugging_face(handle: Handle, folder: Path) -> dict[str, Any]:
     for _, part in handle.deltas:
         if part.slot == "head" and not part.existing(model) and type(part).__name__ != "LMHead":
             raise UserError(
-                f"A plain Hugging Face folder has no place for {type(part).__name__}, which reads the answers "
+                f"A plain Hugging Face folder has no place for {type(part).__name__}, which reads answers "
                 f"outside the model; keep the run, or {_instead(handle)}."
             )
     with _merged(handle):
@@ -194,9 +194,7 @@ def _changes(handle: Handle) -> tuple[Changes, Components, dict[str, Tensor]]:
         if key in sites and sites[key].kind in ("linear", "embedding"):
             _put(changes, sites[key], change)
         elif key in sites:
-            raise UserError(
-                f"LoRA cannot hold the change of {key} ({sites[key].kind}); export to hf instead."
-            )
+            raise UserError(f"LoRA cannot hold a change of {key} ({sites[key].kind}); export to hf instead.")
         elif key not in handle.existing:  # a bias that a delta shifts
             trained[key] = own[key].detach() + change.to(own[key].dtype)
         elif owner in adapted and last != "weight":  # trained itself, and shifted by a delta as well
@@ -233,7 +231,7 @@ def _existing(
 
 
 def _components(handle: Handle, changes: Changes) -> Components:
-    """The factors of every module whose change consists of low-rank deltas alone, scattered to all its rows."""
+    """The factors of every module that low-rank deltas alone change, scattered to all its rows."""
     found: Components = {}
     mixed = {name.removesuffix(".weight") for name in handle.committed}
     mixed |= {names.rpartition(".")[0] for names in handle.existing}

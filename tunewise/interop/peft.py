@@ -156,9 +156,8 @@ def read_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     groups: dict[tuple[int, float], list[str]] = {}
     for site in pairs:
         if site not in everything:
-            raise UserError(
-                f"{WEIGHTS} adapts {site}, which this model lacks{did_you_mean(site, everything)}"
-            )
+            hint = did_you_mean(site, everything)
+            raise UserError(f"{WEIGHTS} adapts {site}, which is no linear or embedding here{hint}")
     for site in [s for s in everything if s in pairs]:
         groups.setdefault(_size(everything[site], pairs[site], config), []).append(site)
     scaling = "sqrt" if config.get("use_rslora") else "rank"

@@ -1,9 +1,10 @@
-"""Mean test accuracy of LoRA, full fine-tuning and the linear probe on `reviews` (minilm), rates chosen on valid.
+"""Mean test accuracy of LoRA, full fine-tuning and the linear probe on `reviews` (minilm), rates chosen on
+valid.
 
     python benchmarks/reviews.py            # resumable; writes benchmarks/results/reviews.json
 
-Every method tries the same number of rates with seed 0; the best on the validation rows is run with seeds 0, 1, 2.
-Only these last runs touch the test rows.
+Every method tries the same number of rates with seed 0; the best on the validation rows is run with seeds 0,
+1, 2. Only these last runs touch the test rows.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Runs:
         row = next((r for r in self.rows if (r["method"], r["lr"], r["seed"]) == key), None)
         if row is None or (test and "accuracy" not in row["metrics"] and key not in self.live):
             self.rows = [r for r in self.rows if r is not row]
-            result = tw.tune("minilm", "reviews", method=method, lr=lr, seed=seed, epochs=self.epochs, final_test=False)
+            result = tw.tune(
+                "minilm", "reviews", method=method, lr=lr, seed=seed, epochs=self.epochs, final_test=False
+            )
             row = {"method": method, "lr": lr, "seed": seed, "epochs": self.epochs, "metrics": result.metrics}
             self.live[key] = result
             self.rows.append(row)

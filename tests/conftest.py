@@ -12,8 +12,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Two threads give the same sums on every machine, and workers side by side do not crowd each other out.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread gives the same sums on every machine, and workers side by side do not crowd each other out.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

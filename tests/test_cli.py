@@ -99,7 +99,7 @@ def finished(tmp_path: Path) -> str:
         ("show lorra", 'There is no method "lorra"; did you mean "lora"?'),
         ("methods --area lowrang", 'There is no area "lowrang"; did you mean "lowrank"?'),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_sentence(capsys: Capture, line: str, sentence: str) -> None:
     assert refused(capsys, *line.split()) == sentence
 
@@ -116,8 +116,13 @@ def test_options_reach_tune(tune: Any) -> None:
     assert cli.run(line.split()) == 0
     call = tune.calls[0]
     assert (call["model"], call["data"], call["method"], call["lr"], call["epochs"], call["seed"]) == (
-        "m", "d", "lora", 2e-5, 0.5, 3,
-    )  # fmt: skip
+        "m",
+        "d",
+        "lora",
+        2e-5,
+        0.5,
+        3,
+    )
     assert call["options"] == {"warmup": 0.2, "by_length": False}
     assert call["progress"] is False
     assert call["device"] == "auto" and call["resume"] is False and call["batch_size"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -10,14 +11,18 @@ import pytest
 from rich.console import Console
 
 from tunewise import demo
+from tunewise.assets import demo_rows
 from tunewise.core.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is learnt in three steps does not matter here; the whole way does."""
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is learnt in three steps from few rows does not matter here; the whole way does."""
+    file = tmp_path_factory.mktemp("data") / "peptides.jsonl"
+    rows = demo_rows("peptides")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:150] + rows[-150:]), encoding="utf-8")
     common = {**demo.QUICK.common, "steps": 3, "max_length": 16}
-    monkeypatch.setattr(demo, "QUICK", dataclasses.replace(demo.QUICK, common=common))
+    monkeypatch.setattr(demo, "QUICK", dataclasses.replace(demo.QUICK, data=str(file), common=common))
 
 
 def test_quick_demo(tmp_path: Path) -> None:

@@ -19,12 +19,20 @@ __all__ = ["Result", "evaluate", "export_run", "merge_run", "predict"]
 
 
 class Result:
-    """A finished run in memory: `metrics` is flat ("accuracy" is on test rows, "valid/accuracy" on validation rows)."""
+    """A finished run in memory: `metrics` is flat ("accuracy" is on test rows, "valid/accuracy" on validation
+    rows).
+    """
 
     def __init__(
-        self, *, metrics: dict[str, float] | None = None, prepared: Prepared | None = None, handle: Handle | None = None,
-        directory: Path | None = None, run: Run | None = None, plan: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        metrics: dict[str, float] | None = None,
+        prepared: Prepared | None = None,
+        handle: Handle | None = None,
+        directory: Path | None = None,
+        run: Run | None = None,
+        plan: dict[str, Any] | None = None,
+    ) -> None:
         self.metrics, self.handle, self.directory = metrics or {}, handle, directory
         self.plan, self._prepared, self._run = plan, prepared, run
 
@@ -43,17 +51,26 @@ class Result:
     def summary(self) -> dict[str, Any]:
         """JSON-ready: method, folder, metrics."""
         name = self.handle.recipe.name if self.handle is not None else None
-        return {"method": name, "directory": str(self.directory) if self.directory else None, "metrics": self.metrics}
+        return {
+            "method": name,
+            "directory": str(self.directory) if self.directory else None,
+            "metrics": self.metrics,
+        }
 
-    def predict(self, rows: Any) -> list[dict[str, Any]]:
-        """One dict per row: its id and the prediction."""
+    def predict(self, rows: Any, *, max_new_tokens: int = 256) -> list[dict[str, Any]]:
+        """One dict per row: its id and the prediction (for language models the greedy answer as text)."""
         assert self._run is not None
         from tunewise.loop.evaluate import predict_rows
+        from tunewise.task import CausalLM, generate
 
-        data = _table(rows)
-        head = self._run.recipe.single("head")
-        examples = self._run.task.encode(data, self.tokenizer, head, labelled=False)
-        found, _ = predict_rows(self._run, examples)
+        data, task = _table(rows), self._run.task
+        if isinstance(task, CausalLM):
+            found: list[Any] = list(
+                generate(self.model, self.tokenizer, data, task, max_new_tokens=max_new_tokens)
+            )
+        else:
+            examples = task.encode(data, self.tokenizer, self._run.recipe.single("head"), labelled=False)
+            found, _ = predict_rows(self._run, examples)
         return [{"id": row["id"], "prediction": value} for row, value in zip(data, found, strict=True)]
 
     def evaluate(self, rows: Any) -> dict[str, float]:
@@ -61,8 +78,19 @@ class Result:
         assert self._run is not None
         from tunewise.loop.evaluate import evaluate as measure
 
-        examples = self._run.task.encode(_table(rows), self.tokenizer, self._run.recipe.single("head"))
-        return measure(self._run, examples)
+        data = _table(rows)
+        examples = self._run.task.encode(data, self.tokenizer, self._run.recipe.single("head"))
+        return {**measure(self._run, examples), **self._generated(data)}
+
+    def _generated(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Scores of generated answers, when the metric asks for them (exact_match, a function of one's own)."""
+        assert self._run is not None
+        from tunewise.task import CausalLM, generate, generation_metrics
+
+        task = self._run.task
+        if not isinstance(task, CausalLM) or task.generation_metric is None:
+            return {}
+        return generation_metrics(task, generate(self.model, self.tokenizer, rows, task), rows)
 
     def measure_test(self, say: Any = None, stage: Any = None) -> dict[str, float]:
         """Measures the test rows, once, and adds their metrics under their own names."""
@@ -75,6 +103,7 @@ class Result:
         if examples:
             tick = stage("test rows", len(examples)) if stage is not None else None
             self.metrics.update(measure(self._run, examples, tick))
+            self.metrics.update(self._generated(self._prepared.data.splits.test))
         return self.metrics
 
     @classmethod
@@ -96,15 +125,28 @@ class Result:
         if prepared is None:
             base = identity["model"]
             if base.get("name") is None:
-                raise UserError(f"{folder} was tuned from a model object ({base['class']}): load that, then tw.restore(model, folder).")
-            model, tokenizer = load(base["name"], auto=base["auto"], labels=base["labels"], regression=base["regression"],
-                                    device=pick_device(device))  # fmt: skip
+                raise UserError(
+                    f"{folder} was tuned from a model object ({base['class']}): "
+                    "load that, then tw.restore(model, folder)."
+                )
+            model, tokenizer = load(
+                base["name"],
+                auto=base["auto"],
+                labels=base["labels"],
+                regression=base["regression"],
+                device=pick_device(device),
+            )
             task = Task.from_description(identity["task"])
             data = Data(task, None, facts["data"]["name"], identity["data"])  # type: ignore[arg-type]
             prepared = Prepared(model, tokenizer, None, data, base)  # type: ignore[arg-type]
         handle = restore(prepared.model, folder / "adaptation")
         prepared.recipe = handle.recipe
-        run = Run(handle, task=prepared.data.task, seed=identity["seed"], settings=Settings.of(**identity["settings"]))
+        run = Run(
+            handle,
+            task=prepared.data.task,
+            seed=identity["seed"],
+            settings=Settings.of(**identity["settings"]),
+        )
         run.tokenizer = prepared.tokenizer
         return cls(metrics=facts["metrics"], prepared=prepared, handle=handle, directory=folder, run=run)
 

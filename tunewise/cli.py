@@ -27,9 +27,17 @@ app = App(
     "Start with `tunewise demo`, or `tunewise tune minilm reviews --method lora`.",
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
-    start.demo, start.tune, runs.predict, runs.evaluate, runs.merge, runs.export,
-    catalog.methods, catalog.show, check.check, doctor.doctor,
-)  # fmt: skip
+    start.demo,
+    start.tune,
+    runs.predict,
+    runs.evaluate,
+    runs.merge,
+    runs.export,
+    catalog.methods,
+    catalog.show,
+    check.check,
+    doctor.doctor,
+)
 for place, function in enumerate(COMMANDS):
     app.command(function, name="eval" if function is runs.evaluate else None, sort_key=place)
 
@@ -63,6 +71,10 @@ def _sentence(error: cyclopts.CycloptsError, tokens: Sequence[str]) -> str:
         given = (token.keyword or token.value or "").split("=", 1)[0]
         return f'{command} has no option "{given}"{_near_option(given, chain)}'
     if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
+        unknown = [t.split("=", 1)[0] for t in tokens if t.startswith("--")]
+        unknown = [t for t in unknown if t not in _options(chain)]
+        if unknown:
+            return f'{command} has no option "{unknown[0]}"{_near_option(unknown[0], chain)}'
         return _missing(error, command)
     if isinstance(error, cyclopts.CoercionError) and token is not None:
         option = token.keyword or (error.argument.name if error.argument is not None else "")

@@ -110,9 +110,16 @@ def run_demo(
         say(f"[{place}/{len(plan.methods)}] {name}")
         run_dir = folder / name
         result = tune(
-            plan.model, plan.data, method=name, out=run_dir, resume=(run_dir / "run.json").is_file(), seed=0,
-            progress=progress, **plan.common, **settings,
-        )  # fmt: skip
+            plan.model,
+            plan.data,
+            method=name,
+            out=run_dir,
+            resume=(run_dir / "run.json").is_file(),
+            seed=0,
+            progress=progress,
+            **plan.common,
+            **settings,
+        )
         rows.append({"method": name, **result.metrics})
         runs.append({"name": name, "metrics": _lines(run_dir), "settings": {**plan.common, **settings}})
         say(f"      {METRIC} {result.metrics[METRIC]:.3f} in {result.metrics['seconds']:.0f} s")
@@ -120,9 +127,14 @@ def run_demo(
         "One seed and one learning rate per method: intervals cover the choice of test rows, not of seeds."
     ]
     report = write_report(
-        folder / "report.html", rows, runs, notes, title=f"Demo: {plan.model} on {plan.data}", metric=METRIC,
+        folder / "report.html",
+        rows,
+        runs,
+        notes,
+        title=f"Demo: {plan.model} on {plan.data}",
+        metric=METRIC,
         command=plan.command if str(out) == "demo-run" else f"{plan.command} --out {out}",
-    )  # fmt: skip
+    )
     return Demo(folder, report, rows)
 
 

@@ -26,7 +26,9 @@ def pick_device(name: str = "auto") -> Any:
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
         raise UserError(f'There is no device "{name}"{did_you_mean(kind, ("auto", "cpu", "cuda", "mps"))}')
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f'The device "{name}" is not there: torch sees {torch.cuda.device_count()} CUDA devices.')
+        raise UserError(
+            f'The device "{name}" is not there: torch sees {torch.cuda.device_count()} CUDA devices.'
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError('The device "mps" is not there.')
     return torch.device(name)
@@ -98,7 +100,10 @@ def environment(device: Any = None) -> dict[str, Any]:
     """Versions and hardware, as they stand in every result."""
     import torch
 
-    found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     for name in PACKAGES:
         try:
             found[name] = version(name)

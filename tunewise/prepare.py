@@ -48,10 +48,19 @@ class Prepared:
 
 
 def prepare_data(
-    data: Any, *, task: Any = None, train: Any = None, valid: Any = None, test: Any = None, text_column: Any = None,
-    label_column: str | None = None, metric: Any = None, max_length: int | None = None, skip_bad_rows: bool = False,
+    data: Any,
+    *,
+    task: Any = None,
+    train: Any = None,
+    valid: Any = None,
+    test: Any = None,
+    text_column: Any = None,
+    label_column: str | None = None,
+    metric: Any = None,
+    max_length: int | None = None,
+    skip_bad_rows: bool = False,
     say: Say,
-) -> Data:  # fmt: skip
+) -> Data:
     """Reads, detects, splits and fits the task; everything that was decided is said."""
     from tunewise.data import detect_columns, read_rows, split_rows, usable_rows
     from tunewise.task import Task as TaskClass
@@ -102,9 +111,13 @@ def load_base(
     task = data.task
     if isinstance(model, torch.nn.Module):
         if tokenizer is None:
-            raise UserError("A model given as an object needs its tokenizer: tune((model, tokenizer), ...) or tokenizer=.")
+            raise UserError(
+                "A model given as an object needs its tokenizer: tune((model, tokenizer), ...) or tokenizer=."
+            )
         recipe = complete(method, task, getattr(model, "config", None))
-        prepared = Prepared(model.to(device), tokenizer, recipe, data, {"name": None, "class": type(model).__name__}, True)
+        prepared = Prepared(
+            model.to(device), tokenizer, recipe, data, {"name": None, "class": type(model).__name__}, True
+        )
     else:
         config = backbone_config(model)
         recipe = complete(method, task, config)
@@ -112,7 +125,9 @@ def load_base(
         auto = head.auto_for(copy.deepcopy(config))
         labels = list(getattr(task, "labels", None) or []) if "classification" in auto else None
         regression = task.name == "regression" and "classification" in auto
-        loaded, tokenizer = load(model, auto=auto, labels=labels, regression=regression, device=device, meta=meta, note=say)
+        loaded, tokenizer = load(
+            model, auto=auto, labels=labels, regression=regression, device=device, meta=meta, note=say
+        )
         base = {"name": str(model), "auto": auto, "labels": labels, "regression": regression}
         prepared = Prepared(loaded, tokenizer, recipe, data, base)
     task.bind(prepared.model.config)  # type: ignore[arg-type]
@@ -126,7 +141,8 @@ def load_base(
 
 def encode(prepared: Prepared, names: tuple[str, ...], say: Say) -> None:
     """Token ids of the named sets; truncated rows are counted aloud."""
-    task, head = prepared.data.task, prepared.recipe.single("head")
+    task = prepared.data.task
+    head: Any = prepared.recipe.single("head")
     for name in names:
         rows = prepared.data.splits[name]
         if rows:
@@ -134,5 +150,3 @@ def encode(prepared: Prepared, names: tuple[str, ...], say: Say) -> None:
     for note in dict.fromkeys(task.notes):
         say(note)
     task.notes.clear()
-
-

@@ -1,4 +1,6 @@
-"""What a run leaves behind: run.json, metrics.jsonl, adaptation/, checkpoints/, report.html, each written whole."""
+"""What a run leaves behind: run.json, metrics.jsonl, adaptation/, checkpoints/, report.html, each written
+whole.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,13 @@ class Record:
         self.facts: dict[str, Any] = {"format": FORMAT}
 
     def begin(self, identity: dict[str, Any], facts: dict[str, Any], resume: bool) -> str:
-        """"new", "resumed" or "done". Raises `UserError` for an occupied, unwritable or foreign folder."""
-        self._writable()
+        """ "new", "resumed" or "done". Raises `UserError` for an occupied, unwritable or foreign folder."""
         if self.file.is_file():
             old = read_record(self.directory)
             if not resume:
-                raise UserError(f"{self.directory} already holds a run: add --resume to go on with it, or choose another --out.")
+                raise UserError(
+                    f"{self.directory} already holds a run: add --resume to go on with it, or choose another --out."
+                )
             self._same(old["identity"], identity)
             self.facts = old
             if old.get("status") == "done":
@@ -43,13 +46,16 @@ class Record:
         write_json(self.file, self.facts)
         return "new"
 
-    def _writable(self) -> None:
+    def writable(self) -> None:
+        """Raises `UserError` if the folder cannot be written."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.directory):
                 pass
         except OSError as error:
-            raise UserError(f"The folder {self.directory} cannot be written: {error.strerror or error}.") from None
+            raise UserError(
+                f"The folder {self.directory} cannot be written: {error.strerror or error}."
+            ) from None
 
     def room(self, needed: int) -> None:
         """Raises `UserError` when the disk has less than `needed` bytes for checkpoints and results."""
@@ -118,5 +124,3 @@ def read_record(directory: str | Path) -> dict[str, Any]:
 def folder_size(directory: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(os.path.getsize(Path(root) / f) for root, _, files in os.walk(directory) for f in files)
-
-

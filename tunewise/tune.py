@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tunewise.afterwards import Result, evaluate, export_run, merge_run, predict
 from tunewise.core.errors import UserError
-from tunewise.prepare import Data, Prepared, encode, load_base, prepare_data
+from tunewise.prepare import Data, Prepared, complete, encode, load_base, prepare_data
 from tunewise.progress import Progress
 from tunewise.record import Record, folder_size
 
 if TYPE_CHECKING:
     from tunewise.core.handle import Handle
+    from tunewise.core.recipe import Recipe
     from tunewise.core.run import Run
     from tunewise.loop.settings import Settings
 
@@ -25,14 +26,36 @@ DEFAULT_RATE = 1e-4
 
 
 def tune(
-    model: Any, data: Any, *, method: Any = "lora", task: Any = None, train: Any = None, valid: Any = None,
-    test: Any = None, text_column: Any = None, label_column: str | None = None, metric: Any = None,
-    lr: float | None = None, batch_size: int | None = None, epochs: float | None = None, steps: int | None = None,
-    max_length: int | None = None, dtype: str | None = None, device: str = "auto", seed: int = 0,
-    out: str | Path | None = None, resume: bool = False, dry_run: bool = False, skip_bad_rows: bool = False,
-    checkpoint_every: int | None = None, options: dict[str, Any] | None = None, tokenizer: Any = None,
-    say: Say | None = None, progress: bool = False, final_test: bool = True,
-) -> Result:  # fmt: skip
+    model: Any,
+    data: Any,
+    *,
+    method: Any = "lora",
+    task: Any = None,
+    train: Any = None,
+    valid: Any = None,
+    test: Any = None,
+    text_column: Any = None,
+    label_column: str | None = None,
+    metric: Any = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    skip_bad_rows: bool = False,
+    checkpoint_every: int | None = None,
+    options: dict[str, Any] | None = None,
+    tokenizer: Any = None,
+    say: Say | None = None,
+    progress: bool = False,
+    final_test: bool = True,
+) -> Result:
     """Fine-tunes `model` on `data` by `method`; gives metrics, predictions, the model and its handle.
 
     model   a folder, demo name, hub id, a module (with `tokenizer=`), or (module, tokenizer)
@@ -40,8 +63,8 @@ def tune(
     metric  a name of the task's, or a function (predictions, references) -> float
     out     folder of the run; without it nothing is written. `options` are further settings of the loop.
     final_test=False leaves the test rows alone: for choosing settings by validation rows
-    Test rows are only touched by the last evaluation. Raises `UserError` for bad input before anything is trained,
-    and `RunError` when a run cannot go on (a loss that became NaN).
+    Test rows are only touched by the last evaluation. Raises `UserError` for bad input before anything is
+    trained, and `RunError` when a run cannot go on (a loss that became NaN).
     """
     from tunewise.loop.settings import Settings
     from tunewise.machine import pick_device, seed_everything
@@ -52,22 +75,46 @@ def tune(
     if resume and out is None:
         raise UserError("--resume needs --out: the folder of the run that is to go on.")
     target = pick_device(device)
-    rows = prepare_data(data, task=task, train=train, valid=valid, test=test, text_column=text_column, metric=metric,
-                        label_column=label_column, max_length=max_length, skip_bad_rows=skip_bad_rows, say=say)  # fmt: skip
+    recipe = complete(method, None, None)
+    record = Record(Path(out)) if out is not None and not dry_run else None
+    if record is not None:
+        record.writable()
+    given = {
+        "lr": lr if lr is not None else _default_rate(recipe),
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "steps": steps,
+        "dtype": dtype,
+        "checkpoint_every": checkpoint_every,
+    }
+    given = {k: v for k, v in given.items() if v is not None} | (options or {})
+    Settings.of(**given)
+    rows = prepare_data(
+        data,
+        task=task,
+        train=train,
+        valid=valid,
+        test=test,
+        text_column=text_column,
+        metric=metric,
+        label_column=label_column,
+        max_length=max_length,
+        skip_bad_rows=skip_bad_rows,
+        say=say,
+    )
     seed_everything(seed)
-    prepared = load_base(model, tokenizer, method, rows, target, say, meta=dry_run and not hasattr(model, "parameters"))
-    rate = lr if lr is not None else _default_rate(prepared)
-    given = {"lr": rate, "batch_size": batch_size or _batch_size(rows), "epochs": epochs, "steps": steps, "dtype": dtype,
-             "checkpoint_every": checkpoint_every}  # fmt: skip
-    settings = Settings.of(**{k: v for k, v in given.items() if v is not None} | (options or {}))
+    prepared = load_base(
+        model, tokenizer, method, rows, target, say, meta=dry_run and not hasattr(model, "parameters")
+    )
+    settings = Settings.of(**{"batch_size": _batch_size(rows), **given})
     if dry_run:
         return _dry(prepared, settings)
-    return _execute(prepared, settings, seed, Path(out) if out is not None else None, resume, say, progress, final_test)
+    return _execute(prepared, settings, seed, record, resume, say, progress, final_test)
 
 
-def _default_rate(prepared: Prepared) -> float:
+def _default_rate(recipe: Recipe) -> float:
     """The middle of the method's own prior; the highest one would be reckless, the lowest slow."""
-    prior = prepared.recipe.lr
+    prior = recipe.lr
     return prior[len(prior) // 2] if prior else DEFAULT_RATE
 
 
@@ -86,8 +133,16 @@ def _dry(prepared: Prepared, settings: Settings) -> Result:
 
     handle = _attach(prepared, False)
     data = prepared.data
-    steps = settings.steps or max(1, round(settings.epochs * -(-len(data.splits.train) // settings.batch_size)))
-    facts = {"model": prepared.base["name"], "data": data.name, "task": data.task.name, "lr": settings.lr, "steps": steps}
+    steps = settings.steps or max(
+        1, round(settings.epochs * -(-len(data.splits.train) // settings.batch_size))
+    )
+    facts = {
+        "model": prepared.base["name"],
+        "data": data.name,
+        "task": data.task.name,
+        "lr": settings.lr,
+        "steps": steps,
+    }
     facts |= {f"{name} rows": len(part) for name, part in data.splits.items()}
     return Result(plan={**plan_of(handle.recipe, handle), **facts})
 
@@ -97,23 +152,36 @@ def _identity(prepared: Prepared, settings: Settings, seed: int) -> dict[str, An
 
     kept = {k: v for k, v in asdict(settings).items() if k != "checkpoint_every"}  # type: ignore[call-overload]
     return {
-        "model": prepared.base, "data": prepared.data.sha256, "method": prepared.recipe.describe(), "seed": seed,
-        "task": prepared.data.task.describe(), "settings": kept,
-    }  # fmt: skip
+        "model": prepared.base,
+        "data": prepared.data.sha256,
+        "method": prepared.recipe.describe(),
+        "seed": seed,
+        "task": prepared.data.task.describe(),
+        "settings": kept,
+    }
 
 
 def _execute(
-    prepared: Prepared, settings: Settings, seed: int, out: Path | None, resume: bool, say: Say, progress: bool,
+    prepared: Prepared,
+    settings: Settings,
+    seed: int,
+    record: Record | None,
+    resume: bool,
+    say: Say,
+    progress: bool,
     final_test: bool,
 ) -> Result:
     from tunewise.core.run import Run
     from tunewise.machine import PeakMemory, environment
 
     device = next(prepared.model.parameters()).device
-    record = Record(out) if out is not None else None
+    out = record.directory if record is not None else None
     identity = _identity(prepared, settings, seed)
     if record is not None:
-        facts = {"data": {"name": prepared.data.name, "notes": prepared.data.notes}, "environment": environment(device)}
+        facts = {
+            "data": {"name": prepared.data.name, "notes": prepared.data.notes},
+            "environment": environment(device),
+        }
         if record.begin(identity, facts, resume) == "done":
             say(f"{out} is finished already; these are its results.")
             return Result.open(record.directory, prepared)
@@ -121,7 +189,9 @@ def _execute(
     handle = _attach(prepared, undo=prepared.own_model)
     if record is not None:
         record.room(16 * handle.trainable * 4 + 2**20)
-    run = Run(handle, data=prepared.examples, task=prepared.data.task, seed=seed, directory=out, settings=settings)
+    run = Run(
+        handle, data=prepared.examples, task=prepared.data.task, seed=seed, directory=out, settings=settings
+    )
     run.tokenizer = prepared.tokenizer
     say(f"{handle.recipe.name}: {handle.trainable:,} trainable numbers, learning rate {settings.lr:g}.")
     with Progress(progress, handle.recipe.name) as bar, PeakMemory(device) as memory:
@@ -135,7 +205,12 @@ def _execute(
         result = Result(metrics=metrics, prepared=prepared, handle=handle, directory=out, run=run)
         if final_test:
             result.measure_test(say, bar.stage)
-    metrics |= {"seconds": seconds, "peak_memory_mb": memory.bytes / 2**20, "trainable": handle.trainable, "steps": run.step}
+    metrics |= {
+        "seconds": seconds,
+        "peak_memory_mb": memory.bytes / 2**20,
+        "trainable": handle.trainable,
+        "steps": run.step,
+    }
     if record is not None:
         _keep(record, result, identity)
     return result
@@ -163,7 +238,9 @@ def _keep(record: Record, result: Result, identity: dict[str, Any]) -> None:
     from tunewise.study.report import run_report
 
     assert result.handle is not None
-    folder = result.handle.save(record.directory / "adaptation", extra={"task": identity["task"], "base": identity["model"]})
+    folder = result.handle.save(
+        record.directory / "adaptation", extra={"task": identity["task"], "base": identity["model"]}
+    )
     result.metrics["size_mb"] = folder_size(folder) / 2**20
     record.finish(metrics=result.metrics, recipe_name=result.handle.recipe.name)
     run_report(record.directory)

@@ -128,7 +128,9 @@ class Intruder(Sound):
     """Puts a parameter of its own beside the base's."""
 
     def attached(self, adaptation: Any) -> None:
-        adaptation.sites[0][1].module.register_parameter("more", nn.Parameter(torch.zeros(1), requires_grad=False))
+        adaptation.sites[0][1].module.register_parameter(
+            "more", nn.Parameter(torch.zeros(1), requires_grad=False)
+        )
 
 
 class Coarse(Sound):
@@ -247,11 +249,28 @@ class Dice(Part):
 
 # check -> parts that it must catch; a slot other than delta stands beside `Sound`
 BROKEN: dict[str, list[type[Part]]] = {
-    "check_identity": [Jump], "check_gradients": [Idle], "check_count": [Miscounted, Unwritten], "check_calls": [Dead],
-    "check_linear": [Bent], "check_bfloat16": [Coarse], "check_padding": [First], "check_checkpointing": [Counting],
-    "check_compiles": [Interpreted], "check_merge": [WrongTwin, Bent], "check_materialize": [WrongTwin, Bent],
-    "check_save_restore": [Forgetful], "check_two_adaptations": [Global], "check_deepcopy": [Global],
-    "check_pickle": [Closed], "check_detach": [Careless, Intruder], "check_base_checkpoint": [Intruder],
-    "check_quantized": [Blind], "check_loss_falls": [Climbing], "check_resume": [Amnesiac], "check_lifecycle": [Eager],
-    "check_accumulation": [PerBatch], "check_zero_weight": [Noisy], "check_loop_is_deterministic": [Dice],
-}  # fmt: skip
+    "check_identity": [Jump],
+    "check_gradients": [Idle],
+    "check_count": [Miscounted, Unwritten],
+    "check_calls": [Dead],
+    "check_linear": [Bent],
+    "check_bfloat16": [Coarse],
+    "check_padding": [First],
+    "check_checkpointing": [Counting],
+    "check_compiles": [Interpreted],
+    "check_merge": [WrongTwin, Bent],
+    "check_materialize": [WrongTwin, Bent],
+    "check_save_restore": [Forgetful],
+    "check_two_adaptations": [Global],
+    "check_deepcopy": [Global],
+    "check_pickle": [Closed],
+    "check_detach": [Careless, Intruder],
+    "check_base_checkpoint": [Intruder],
+    "check_quantized": [Blind],
+    "check_loss_falls": [Climbing],
+    "check_resume": [Amnesiac],
+    "check_lifecycle": [Eager],
+    "check_accumulation": [PerBatch],
+    "check_zero_weight": [Noisy],
+    "check_loop_is_deterministic": [Dice],
+}

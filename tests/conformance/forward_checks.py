@@ -18,9 +18,16 @@ from tunewise.core.widths import with_widths
 from .support import Case, close, gap, outputs, real_tokens
 
 __all__ = [
-    "check_bfloat16", "check_calls", "check_checkpointing", "check_compiles", "check_count", "check_gradients",
-    "check_identity", "check_linear", "check_padding",
-]  # fmt: skip
+    "check_bfloat16",
+    "check_calls",
+    "check_checkpointing",
+    "check_compiles",
+    "check_count",
+    "check_gradients",
+    "check_identity",
+    "check_linear",
+    "check_padding",
+]
 
 
 def loss_of(answer: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ def _tap_sites(handle: Handle, names: list[str]) -> list[Site]:
 
 
 def check_count(case: Case) -> None:
-    """Trainable scalars = the written formula of every delta at every site + trained parameters of the base."""
+    """Trainable scalars = the written formula of every delta and site + trained parameters of the base."""
     plain, (_, handle) = case.model(), case.adapted()
     expected = sum(p.numel() for t in handle.owned.values() for p in t.parameters())
     for _, site, t in handle.sites:
@@ -79,7 +86,9 @@ def check_count(case: Case) -> None:
     trained = {n for _, part in handle.deltas for n in part.existing(plain)}
     params = dict(plain.named_parameters())
     expected += sum(params[n].numel() for n in trained)
-    assert handle.trainable == expected, f"{handle.trainable:,} trainable scalars, the formula says {expected:,}"
+    assert handle.trainable == expected, (
+        f"{handle.trainable:,} trainable scalars, the formula says {expected:,}"
+    )
 
 
 EQUATIONS = (("input",), ("weight", "output", "product"), ("around",), ("read",), ("keys",))
@@ -136,7 +145,7 @@ def check_linear(case: Case) -> None:
 
 
 def check_bfloat16(case: Case) -> None:
-    """`model.bfloat16()` casts the backbone, not the deltas; answers stay as close as the plain base's own do."""
+    """`model.bfloat16()` casts the backbone, not the deltas; answers stay as close as the plain base's do."""
     batch = case.batch()
     plain, (model, handle) = case.model(), case.adapted()
     wanted, plain_wanted = outputs(model, batch), outputs(plain, batch)
@@ -168,7 +177,9 @@ def check_padding(case: Case) -> None:
     base, adapted = _padding_gaps(case, adapted=False), _padding_gaps(case, adapted=True)
     for side, far in adapted.items():
         allowed = max(1e-4, 10 * base[side])
-        assert far <= allowed, f"padding on the {side} moves the answer by {far:.1e}; the base's by {base[side]:.1e}"
+        assert far <= allowed, (
+            f"padding on the {side} moves the answer by {far:.1e}, the base's {base[side]:.1e}"
+        )
 
 
 def _training_gradients(case: Case, checkpointing: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -180,7 +191,8 @@ def _training_gradients(case: Case, checkpointing: bool) -> tuple[Tensor, dict[s
     torch.manual_seed(5)
     answer = outputs(model, case.batch(), grad=True)
     loss_of(answer).backward()
-    return answer.detach(), {n: i.tensor.grad for n, i in handle.tensors().items() if i.tensor.grad is not None}
+    found = {n: i.tensor.grad for n, i in handle.tensors().items()}
+    return answer.detach(), {n: g for n, g in found.items() if g is not None}
 
 
 def check_checkpointing(case: Case) -> None:
@@ -196,7 +208,8 @@ def _close_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], what: 
     for name, grad in wanted.items():
         far = float((found[name] - grad).abs().max())
         # a key bias has no true gradient: its rounding errors are measured against the others
-        assert far <= 1e-4 * float(grad.abs().max()) + 1e-6 * largest, f"the gradient of {name} {what} is {far:.1e} off"
+        allowed = 1e-4 * float(grad.abs().max()) + 1e-6 * largest
+        assert far <= allowed, f"the gradient of {name} {what} is {far:.1e} off"
 
 
 def check_compiles(case: Case) -> None:

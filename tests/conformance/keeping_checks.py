@@ -1,4 +1,4 @@
-"""Checks of what can be done with an adaptation: merge, save, switch, copy, detach; and of the base beside it."""
+"""Checks of what can be done with an adaptation: merge, save, switch, copy, detach."""
 
 from __future__ import annotations
 
@@ -21,13 +21,20 @@ from tunewise.core.handle import restore
 from .support import Case, close, gap, outputs, perturb, refused, same
 
 __all__ = [
-    "check_base_checkpoint", "check_deepcopy", "check_detach", "check_materialize", "check_merge", "check_pickle",
-    "check_quantized", "check_save_restore", "check_two_adaptations",
-]  # fmt: skip
+    "check_base_checkpoint",
+    "check_deepcopy",
+    "check_detach",
+    "check_materialize",
+    "check_merge",
+    "check_pickle",
+    "check_quantized",
+    "check_save_restore",
+    "check_two_adaptations",
+]
 
 
 def check_merge(case: Case) -> None:
-    """Merged answers equal unmerged ones, unmerge restores bit by bit; what cannot be merged says so and stays."""
+    """Merged equals unmerged, unmerge restores bit by bit; what cannot be merged says so and stays."""
     model, handle = case.adapted()
     batch = case.batch()
     wanted, before = outputs(model, batch), _tensors(model)
@@ -37,7 +44,7 @@ def check_merge(case: Case) -> None:
         same(outputs(model, batch), wanted, "the answer after a refused merge")
         return
     handle.merge()
-    assert not any(t for m in model.modules() if (f := forward_of(m)) for t in [f.plan]), "a delta still acts after merge"
+    assert not any((f := forward_of(m)) and f.plan for m in model.modules()), "a delta acts after merge"
     close(outputs(model, batch), wanted, 1e-5, "merged and unmerged answers")
     handle.unmerge()
     same(outputs(model, batch), wanted, "the answer after unmerge")
@@ -60,16 +67,19 @@ def _pushed(module: nn.Module, ins: int, embedding: bool) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def check_materialize(case: Case) -> None:
-    """W' - W agrees with an identity pushed through the attached layers, and a plain copy given it answers the same."""
+    """W' - W agrees with an identity pushed through the attached layers, and a plain copy takes it."""
     plain, (model, handle) = case.model(), case.adapted()
     changes = handle.materialize()
-    for site in {s for _, s, t in handle.sites if s.kind in ("linear", "embedding") and t.part.slot == "delta"}:
+    for site in {
+        s for _, s, t in handle.sites if s.kind in ("linear", "embedding") and t.part.slot == "delta"
+    }:
         assert site.in_features is not None
         weight, zero = _pushed(site.module, site.in_features, site.kind == "embedding")
         old, _ = _pushed(plain.get_submodule(site.name), site.in_features, site.kind == "embedding")
         wanted = weight - old
         error = float((changes[site.name] - wanted).abs().max())
-        assert error <= 1e-5 * float(weight.abs().max()), f"materialize({site.name}) is {error:.1e} off the pushed identity"
+        allowed = 1e-5 * float(weight.abs().max())
+        assert error <= allowed, f"materialize({site.name}) is {error:.1e} off the pushed identity"
         bias = getattr(plain.get_submodule(site.name), "bias", None)
         if isinstance(bias, Tensor) and f"{site.name}.bias" in changes:
             close(bias + changes[f"{site.name}.bias"], zero, 1e-5, f"the bias of {site.name}")
@@ -99,7 +109,8 @@ def check_save_restore(case: Case, folder: Path) -> None:
     model, handle = case.adapted()
     wanted = outputs(model, case.batch())
     handle.save(folder)
-    assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors"}, "only JSON and safetensors may be written"
+    written = {p.suffix for p in folder.iterdir()}
+    assert written == {".json", ".safetensors"}, f"files of other kinds were written: {written}"
     torch.manual_seed(99)
     other = case.model()
     again = restore(other, folder)
@@ -168,7 +179,7 @@ def _face(model: nn.Module) -> dict[str, Any]:
     return {
         "flags": {n: p.requires_grad for n, p in model.named_parameters()},
         "classes": {n: type(m) for n, m in model.named_modules()},
-        "own": {n: sorted(k for k in vars(m) if k == "forward" or k.startswith("_old")) for n, m in model.named_modules()},
+        "own": {n: sorted({"forward", "_old_forward"} & set(vars(m))) for n, m in model.named_modules()},
         "identity": {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)},
         "config": config.to_dict() if config is not None else None,
         "attention": getattr(config, "_attn_implementation", None),
@@ -205,7 +216,7 @@ def _saved(model: Any, folder: Path) -> tuple[set[str], dict[str, Any]]:
 
 
 def check_base_checkpoint(case: Case, folder: Path) -> None:
-    """A base checkpoint loads with `strict=True` beside deltas, a lacking key is still refused; saving writes base keys."""
+    """A base checkpoint loads with `strict=True`, a lacking key is still refused; saving writes base keys."""
     plain, (model, handle) = case.model(), case.adapted()
     wanted, checkpoint = outputs(model, case.batch()), plain.state_dict()
     names, config = _saved(plain, folder / "plain")
@@ -225,7 +236,7 @@ def check_base_checkpoint(case: Case, folder: Path) -> None:
 
 
 class Rounded(Tensor):
-    """A weight as torchao keeps it, for checks without torchao: read through `dequantize`, not to be merged."""
+    """A weight as torchao keeps it, for checks without torchao: read through `dequantize`."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

@@ -1,4 +1,4 @@
-"""What every conformance check needs: cases (method x base model), bases loaded once, outputs, comparisons."""
+"""What every conformance check needs: cases (method x base model), bases, outputs, comparisons."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ from tunewise.core.recipe import Recipe
 
 from . import third_party  # noqa: F401 - its method joins the catalog, as a user's own does
 
-__all__ = ["BASES", "Case", "close", "each", "fresh", "gap", "outputs", "perturb", "real_tokens", "refused", "same"]
+__all__ = ["BASES", "Case", "close", "each", "fresh", "gap", "outputs", "perturb"]
+__all__ += ["real_tokens", "refused", "same"]
 
 BASES = ("roberta", "llama")
 PADS = {"roberta": 1, "llama": 0}
 AUTO = {
-    "base": "AutoModel", "masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM",
+    "base": "AutoModel",
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
     "sequence_classification": "AutoModelForSequenceClassification",
-}  # fmt: skip
+}
 
 
 @cache
 def _base(base: str, kind: str) -> nn.Module:
-    """Roberta is the real antibody model (4 layers, width 128); Llama is a random one (2 layers, width 32)."""
+    """Roberta is the real antibody model (4 layers, width 128), Llama a random one (2 layers, width 32)."""
     import transformers
 
     from tunewise.assets import model_path
@@ -161,7 +164,7 @@ def each(*bases: str, when: Callable[[Case], bool] = lambda case: True) -> pytes
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> Tensor:
-    """What the model answers: the head's logits if an adaptation brings a head, else logits or hidden states."""
+    """The answer: logits of an adaptation's head if there is one, else the model's or its hidden states."""
     with torch.set_grad_enabled(grad):
         found = model(**batch)
         for handle in handles(model).values():

@@ -1,4 +1,4 @@
-"""The suite can fail: every check passes for a sound part and catches the parts that are broken on purpose."""
+"""The suite can fail: every check passes for a sound part and catches parts broken on purpose."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ CHECKS: dict[str, Callable[..., None]] = {
     if name.startswith("check_")
 }
 SLOW = {"check_compiles"}
-GIVEN: dict[str, dict[str, Any]] = {"check_quantized": {"real": False}, "check_lifecycle": {"accumulation": 4}}
+GIVEN: dict[str, dict[str, Any]] = {
+    "check_quantized": {"real": False},
+    "check_lifecycle": {"accumulation": 4},
+}
 
 
 def spare(model: nn.Module) -> None:

@@ -15,13 +15,14 @@ from tunewise.core.site import Site
 
 
 class OuterScale(Delta):
-    """W' = W * (1 + u v^T), element-wise, u `[out]` at 0, v `[in]` at 1. Trainable scalars: in + out per site."""
+    """W' = W * (1 + u v^T), element-wise, u `[out]` at 0, v `[in]` at 1; in + out scalars per site."""
 
     order: ClassVar[str] = "multiply"
     sites: str | list[str] = "linear"
 
     def tensors(self, site: Site) -> dict[str, P]:
-        return {"u": P(torch.zeros(site.out_features or 0), "scale"), "v": P(torch.ones(site.in_features or 0), "scale")}
+        u, v = torch.zeros(site.out_features or 0), torch.ones(site.in_features or 0)
+        return {"u": P(u, "scale"), "v": P(v, "scale")}
 
     def weight(self, t: Any, W: Tensor) -> Tensor:
         return W * (1 + torch.outer(t.u, t.v))

@@ -1,4 +1,4 @@
-"""Checks of training on real peptides: loss falls, resume, lifecycle, accumulation, extra losses of weight 0."""
+"""Checks of training on real peptides: loss falls, resume, events, accumulation, losses of weight 0."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ from tunewise.objective.task_loss import TaskLoss
 from tunewise.optim.adamw import AdamW
 from tunewise.task import Classification
 
-from .support import Case, close, fresh, same
+from .support import Case, fresh, same
 
 __all__ = [
-    "Spy", "check_accumulation", "check_lifecycle", "check_loop_is_deterministic", "check_loss_falls", "check_resume",
-    "check_zero_weight", "in_steps", "training_run",
-]  # fmt: skip
+    "Spy",
+    "check_accumulation",
+    "check_lifecycle",
+    "check_loop_is_deterministic",
+    "check_loss_falls",
+    "check_resume",
+    "check_zero_weight",
+    "in_steps",
+    "training_run",
+]
 
 
 @cache
@@ -38,7 +45,9 @@ def peptides() -> tuple[Classification, Any, dict[str, list[dict[str, Any]]]]:
 
     from tunewise.assets import demo_rows, model_path
 
-    rows = [{"id": str(i), **row} for i, row in enumerate(demo_rows("peptides")) if len(row["sequence"]) <= 24]
+    rows = [
+        {"id": str(i), **row} for i, row in enumerate(demo_rows("peptides")) if len(row["sequence"]) <= 24
+    ]
     by_label = {k: [r for r in rows if r["label"] == k] for k in sorted({r["label"] for r in rows})}
     mixed = [row for pair in zip(*by_label.values(), strict=False) for row in pair][:96]
     task = Classification(Columns(("sequence",), "label", "classification"))
@@ -80,7 +89,14 @@ def training_run(
             module.p = 0.0
     head.setup(task, tokenizer, model)
     handle = attach(model, recipe, seed=0)
-    options = {"lr": case.lr, "batch_size": 8, "steps": 4, "evaluations": 0, "schedule": "constant", "warmup": 0.0}
+    options = {
+        "lr": case.lr,
+        "batch_size": 8,
+        "steps": 4,
+        "evaluations": 0,
+        "schedule": "constant",
+        "warmup": 0.0,
+    }
     run = Run(handle, data=data, task=task, directory=folder, settings=Settings.of(**{**options, **settings}))
     run.tokenizer = tokenizer
     torch.manual_seed(0)
@@ -103,8 +119,8 @@ def loss_now(run: Run) -> float:
 
 
 def check_loss_falls(case: Case) -> None:
-    """On real rows the training loss falls within 30 steps: by hand, or in the method's own loop or optimizer."""
-    run = training_run(case, steps=30)
+    """On real rows the loss falls within 30 steps, by hand or in the method's own loop or optimizer."""
+    run = training_run(case, batch_size=16, steps=30, schedule="linear")
     before = loss_now(run)
     if not in_steps(case) or "optimizer" in case.parts.essential:
         start(run)
@@ -117,16 +133,19 @@ def check_loss_falls(case: Case) -> None:
 def _by_hand(run: Run, lr: float, steps: int) -> None:
     """What a user's own loop does with a handle."""
     optimizer = torch.optim.AdamW(run.handle.parameters(), lr=lr)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     run.handle.run = run
     run.handle.watch(optimizer)
-    stream = run.batches("train", 8)
+    stream = run.batches("train", run.settings.batch_size)
     for _ in range(steps):
         run.model.train()
         run.handle.frozen_eval()
         batch = run.collate(next(stream))
         optimizer.zero_grad()
         run.loss(batch, float(batch.units.sum())).backward()
+        torch.nn.utils.clip_grad_norm_(run.handle.parameters(), 1.0)
         optimizer.step()
+        decay.step()
 
 
 class Killed(Exception):
@@ -134,7 +153,7 @@ class Killed(Exception):
 
 
 def check_resume(case: Case, folder: Path) -> None:
-    """Killed after step 3 and started anew from the checkpoint at 2: bit-equal to a run that was never stopped."""
+    """Killed after step 3 and started anew from the checkpoint at 2: bit-equal to one never stopped."""
     options = {"steps": 4, "checkpoint_every": 2}
     wanted = start(training_run(case, folder=folder / "whole", **options))
     killed = training_run(case, folder=folder / "parts", **options)
@@ -222,7 +241,9 @@ def check_zero_weight(case: Case) -> None:
     loud = start(training_run(plain, TaskLoss(), Extra(weight=1.0), steps=2))
     for name, value in wanted.items():
         same(found[name], value, f"{name} with a loss of weight 0")
-    assert any(not torch.equal(loud[n], wanted[n]) for n in wanted), "a loss of weight 1 changes nothing either"
+    assert any(not torch.equal(loud[n], wanted[n]) for n in wanted), (
+        "a loss of weight 1 changes nothing either"
+    )
 
 
 def _options(part: Part) -> list[str]:

@@ -69,7 +69,7 @@ def test_other_bad_input_is_refused() -> None:
         average([a, b], [1.0])
     with pytest.raises(UserError, match="other than 0"):
         average([a, b], [1.0, -1.0])
-    with pytest.raises(UserError, match="nothing to average"):
+    with pytest.raises(UserError, match="0 states need"):
         average([])
     with pytest.raises(UserError, match="between 0 and 1"):
         ema(a, b, 1.5)

@@ -71,8 +71,13 @@ def test_artefacts_in_memory_are_not_changed_by_the_run_that_takes_them() -> Non
     before = copy.deepcopy(first)
     a = run.child("client_a", inner, start=first)
     for name, value in before["moments"].items():
-        assert all(torch.equal(torch.as_tensor(first["moments"][name][k]), torch.as_tensor(v)) for k, v in value.items())
-    assert not torch.equal(a["adaptation"][next(iter(a["adaptation"]))], before["adaptation"][next(iter(a["adaptation"]))])
+        assert all(
+            torch.equal(torch.as_tensor(first["moments"][name][k]), torch.as_tensor(v))
+            for k, v in value.items()
+        )
+    assert not torch.equal(
+        a["adaptation"][next(iter(a["adaptation"]))], before["adaptation"][next(iter(a["adaptation"]))]
+    )
 
 
 def test_a_child_leaves_the_parent_as_it_was() -> None:

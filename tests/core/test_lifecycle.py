@@ -128,7 +128,14 @@ class Double(Recorder):
 
 def test_the_optimizers_clipping_has_its_place_among_the_stages() -> None:
     order = call_order(complete(recorded() + Double()))["gradients"]
-    assert [type(p).__name__ for p in order] == ["InData", "InDataToo", "Double", "InDiagnose", "AdamW", "InAllocate"]
+    assert [type(p).__name__ for p in order] == [
+        "InData",
+        "InDataToo",
+        "Double",
+        "InDiagnose",
+        "AdamW",
+        "InAllocate",
+    ]
     assert STAGES.index("clip") < STAGES.index("project") < STAGES.index("rule")
 
 
@@ -193,14 +200,22 @@ def test_the_handle_fires_the_events_in_ones_own_loop() -> None:
         handle.model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
     calls = [c.rpartition(" ")[0] for c in run.extra["calls"] if c.endswith("InData")]
-    assert calls == ["0 prepare", "0 before_step", "0 gradients", "1 after_step", "1 before_step", "1 gradients"] + [
-        "2 after_step", "2 before_step"]  # fmt: skip
+    assert calls == [
+        "0 prepare",
+        "0 before_step",
+        "0 gradients",
+        "1 after_step",
+        "1 before_step",
+        "1 gradients",
+    ] + ["2 after_step", "2 before_step"]
 
 
 def test_an_event_that_is_needed_and_never_comes_is_an_error(tmp_path: Path) -> None:
     run = run_of(recorded())
     run.handle.run = run
-    with pytest.raises(UserError, match="InAllocate, InData, InDataToo, InDiagnose needs the event before_step"):
+    with pytest.raises(
+        UserError, match="InAllocate, InData, InDataToo, InDiagnose needs the event before_step"
+    ):
         run.handle.save(tmp_path)
 
 

@@ -32,7 +32,9 @@ def held(run: Run, which: str) -> int:
     return sum(v.numel() for v in run.reference(which).kept.values())
 
 
-@pytest.mark.parametrize("method", ["lora(rank=2)", "full", "head_only", "bias_scale", "lora(rank=2) + head_only"])
+@pytest.mark.parametrize(
+    "method", ["lora(rank=2)", "full", "head_only", "bias_scale", "lora(rank=2) + head_only"]
+)
 def test_the_start_costs_no_copy_where_it_can_be_switched_off(method: str) -> None:
     run = run_of(method)
     before = logits(run)
@@ -50,7 +52,9 @@ def test_the_start_of_a_prompt_keeps_the_prompt_alone() -> None:
     before = logits(run)
     run.reference("start")
     start(run)
-    assert held(run, "start") == 3 * 32 and torch.equal(run.reference("start")(**fixed(run).inputs).logits, before)
+    assert held(run, "start") == 3 * 32 and torch.equal(
+        run.reference("start")(**fixed(run).inputs).logits, before
+    )
 
 
 def test_a_start_that_is_gone_is_refused() -> None:
@@ -59,22 +63,38 @@ def test_a_start_that_is_gone_is_refused() -> None:
         run.reference("start")
 
 
+class Previous(Part):
+    """Compares the reference at the end of the stage with the model at the end of the epoch."""
+
+    slot: ClassVar[str] = "diagnose"
+
+    def prepare(self, run: Run) -> None:
+        run.reference("previous")
+
+    def boundary(self, run: Run, kind: str) -> None:
+        if kind == "epoch":
+            self.state["then"] = logits(run)
+        else:
+            self.state |= {
+                "previous": run.reference("previous")(**fixed(run).inputs).logits,
+                "now": logits(run),
+            }
+
+
 def test_previous_moves_on_at_every_boundary() -> None:
-    run = run_of("lora(rank=2)", steps=4)  # an epoch has 3 steps
-    run.reference("previous")
-    at_epoch: list[Tensor] = []
-    run.listen = lambda row: at_epoch.append(logits(run)) if row.get("step") == 3 and "loss" in row else None
-    run.recipe.single("optimizer")
-    end = run.recipe.single("loop")
-    run.lifecycle.order["finish"] = []
-    seen: list[Tensor] = []
-    stop = type(end)._end
-    try:
-        type(end)._end = lambda self, run: seen.append(run.reference("previous")(**fixed(run).inputs).logits)  # type: ignore
-        start(run)
-    finally:
-        type(end)._end = stop  # type: ignore[attr-defined]
-    assert torch.equal(seen[0], at_epoch[0]) and not torch.equal(seen[0], logits(run))
+    run = start(run_of(Recipe(delta=LoRA(2), diagnose=Previous()), steps=4))  # an epoch has 3 steps
+    state = run.recipe["diagnose"][0].state
+    assert torch.equal(state["previous"], state["then"]) and not torch.equal(state["now"], state["then"])
+    assert torch.equal(run.reference("previous")(**fixed(run).inputs).logits, state["now"])
+
+
+def test_a_reference_has_no_dropout_and_leaves_the_modes_alone() -> None:
+    run = run_of("lora(rank=2)")
+    run.model.train()
+    run.model.get_submodule("bert.pooler").eval()
+    modes = [m.training for m in run.model.modules()]
+    a, b = (run.reference("start")(**fixed(run).inputs).logits for _ in range(2))
+    assert torch.equal(a, b) and [m.training for m in run.model.modules()] == modes
 
 
 class EmaCopy(Part):
@@ -93,7 +113,7 @@ class EmaCopy(Part):
         run.handle.load_state(run.reference("ema").kept)
 
 
-class Path6(Part):
+class History(Part):
     """Notes every value of one tensor."""
 
     slot: ClassVar[str] = "diagnose"
@@ -104,7 +124,7 @@ class Path6(Part):
 
 
 def averaged() -> Recipe:
-    return Recipe(delta=LoRA(2), post=EmaCopy(), diagnose=Path6())
+    return Recipe(delta=LoRA(2), post=EmaCopy(), diagnose=History())
 
 
 def test_an_ema_copy_follows_each_step() -> None:
@@ -169,6 +189,9 @@ def test_a_reference_may_be_asked_between_forward_and_backward() -> None:
         return start(run_of(recipe, dropout=False, steps=12))
 
     free, held_back = run_with(0.0), run_with(100.0)
-    gap = [float((logits(r) - r.reference("start")(**fixed(r).inputs).logits).abs().max()) for r in (free, held_back)]
+    gap = [
+        float((logits(r) - r.reference("start")(**fixed(r).inputs).logits).abs().max())
+        for r in (free, held_back)
+    ]
     assert gap[1] < 0.5 * gap[0]
     assert same_state(free, start(run_of("lora(rank=2)", dropout=False, steps=12)))

@@ -45,7 +45,11 @@ def test_buckets_hold_rows_of_like_length() -> None:
     data = [{"id": str(i), "length": (i * 37) % 64} for i in range(64)]
     for by_length in (True, False):
         stream = Stream("train", data, 8, seed=0, by_length=by_length)
-        spread = [max(lengths) - min(lengths) for b in stream.order(0) if (lengths := [data[i]["length"] for i in b])]  # type: ignore[type-var,operator]
+        spread = [
+            max(lengths) - min(lengths)
+            for b in stream.order(0)
+            if (lengths := [data[i]["length"] for i in b])
+        ]  # type: ignore[type-var,operator]
         assert max(spread) <= 8 if by_length else max(spread) > 30
         lengths = [data[b[0]]["length"] for b in stream.order(0)]
         assert lengths != sorted(lengths)  # type: ignore[type-var]
@@ -66,7 +70,9 @@ def test_positions_are_saved_also_of_streams_not_opened_yet() -> None:
 
 def test_other_data_or_sizes_are_refused_on_resume() -> None:
     saved = Stream("train", rows(20), 4, seed=0).state_dict()
-    with pytest.raises(UserError, match="had 20 rows in batches of 4 when the run was saved, now 21 in batches of 4"):
+    with pytest.raises(
+        UserError, match="had 20 rows in batches of 4 when the run was saved, now 21 in batches of 4"
+    ):
         Stream("train", rows(21), 4, seed=0).load_state_dict(saved)
 
 

@@ -38,7 +38,11 @@ def test_a_toy_allocator_halves_all_ranks() -> None:
     optimizer = run.tensors.optimizer
     assert optimizer is not None
     live = {id(i.tensor) for _, i in run.tensors.active()}
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == live == {id(p) for p in optimizer.state}
+    assert (
+        {id(p) for g in optimizer.param_groups for p in g["params"]}
+        == live
+        == {id(p) for p in optimizer.state}
+    )
     assert all(s["exp_avg"].shape == p.shape and s["step"] == 6 for p, s in optimizer.state.items())
 
 
@@ -118,10 +122,12 @@ class Script(Part):
         name, tensors = f"{WHERE}.A", run.tensors
         before = tensors.info(name).tensor.detach().clone()
         requests: dict[str, Callable[[], None]] = {
-            "freeze": lambda: tensors.freeze(name), "forget": lambda: tensors.freeze(name, forget=True),
-            "drop": lambda: tensors.drop(name), "replace": lambda: tensors.replace(name, lambda v: v * 0.5),
+            "freeze": lambda: tensors.freeze(name),
+            "forget": lambda: tensors.freeze(name, forget=True),
+            "drop": lambda: tensors.drop(name),
+            "replace": lambda: tensors.replace(name, lambda v: v * 0.5),
             "reset": lambda: tensors.reset(name, torch.tensor([1]), axis=0),
-        }  # fmt: skip
+        }
         requests[self.ask]()
         now = tensors.info(name).tensor
         assert torch.equal(before, now) and now.requires_grad and now.grad is not None
@@ -186,15 +192,21 @@ def test_base_weights_that_move_in_mid_run_are_part_of_the_checkpoint(tmp_path: 
     whole, cut = start(make("whole")), interrupted(lambda: make("cut"), 5)
     assert any(n.startswith("commit.") for n in whole.handle.state()) and same_state(whole, cut)
     batch = whole.collate(next(whole.batches("valid", 4)))
-    assert torch.equal(whole.model(**batch.inputs).logits, cut.model(**batch.inputs).logits)
+    assert torch.equal(whole.model.eval()(**batch.inputs).logits, cut.model.eval()(**batch.inputs).logits)
     base = run_of("lora")
     base.handle.detach()
     cut.handle.detach()
-    assert all(torch.equal(a, b) for a, b in zip(cut.model.parameters(), base.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(cut.model.parameters(), base.model.parameters(), strict=True)
+    )
 
 
 def tagged(**options: Any) -> dict[str, Any]:
-    run = run_of(Recipe(delta=LoRA(2), optimizer=AdamW(clip=0.0, **options)) + get_method("bias_scale")(), steps=1, warmup=0.0)
+    run = run_of(
+        Recipe(delta=LoRA(2), optimizer=AdamW(clip=0.0, **options)) + get_method("bias_scale")(),
+        steps=1,
+        warmup=0.0,
+    )
     before = {n: i.tensor.detach().clone() for n, i in run.tensors.active()}
     start(run)
     return {n: (i.tag, i.tensor.detach() - before[n]) for n, i in run.tensors.active()}

@@ -24,9 +24,20 @@ from tunewise.objective.task_loss import TaskLoss
 from tunewise.optim.adamw import AdamW
 
 __all__ = [
-    "FeatureBank", "HalveRanks", "Recorder", "Rounds", "Stopped", "ToyTask", "complete", "interrupted", "rows", "run_of",
-    "same_state", "start", "stop_at",
-]  # fmt: skip
+    "FeatureBank",
+    "HalveRanks",
+    "Recorder",
+    "Rounds",
+    "Stopped",
+    "ToyTask",
+    "complete",
+    "interrupted",
+    "rows",
+    "run_of",
+    "same_state",
+    "start",
+    "stop_at",
+]
 
 
 class Stopped(Exception):
@@ -73,7 +84,10 @@ def rows(count: int, name: str = "train") -> list[dict[str, Any]]:
     """Encoded examples, the same for the same name."""
     make = torch.Generator().manual_seed(len(name))
     ids = torch.randint(3, 99, (count, 6), generator=make).tolist()
-    return [{"id": f"{name}-{i}", "input_ids": t, "labels": int(t[0] > 50), "length": 6} for i, t in enumerate(ids)]
+    return [
+        {"id": f"{name}-{i}", "input_ids": t, "labels": int(t[0] > 50), "length": 6}
+        for i, t in enumerate(ids)
+    ]
 
 
 def complete(method: Any, **defaults: Any) -> Recipe:
@@ -83,9 +97,14 @@ def complete(method: Any, **defaults: Any) -> Recipe:
 
 
 def run_of(
-    method: Any, directory: Path | None = None, *, dropout: bool = True, data: dict[str, Any] | None = None,
-    undo: bool = True, **settings: Any,
-) -> Run:  # fmt: skip
+    method: Any,
+    directory: Path | None = None,
+    *,
+    dropout: bool = True,
+    data: dict[str, Any] | None = None,
+    undo: bool = True,
+    **settings: Any,
+) -> Run:
     """Everything fresh, as in a new process: model, handle and run; 6 steps of 8 rows unless told otherwise."""
     torch.manual_seed(0)
     model: nn.Module = tiny("bert")
@@ -95,7 +114,9 @@ def run_of(
     handle = attach(model, complete(method), seed=1, undo=undo)
     options = {"lr": 1e-2, "batch_size": 8, "steps": 6, "evaluations": 0, **settings}
     data = data or {"train": rows(24), "valid": rows(8, "valid")}
-    return Run(handle, data=data, task=ToyTask(), seed=3, directory=directory, settings=Settings.of(**options))
+    return Run(
+        handle, data=data, task=ToyTask(), seed=3, directory=directory, settings=Settings.of(**options)
+    )
 
 
 def start(run: Run) -> Run:

@@ -1,4 +1,6 @@
-"""Files of every format: what is detected is said, what is bad is named by its line, nothing is dropped silently."""
+"""Files of every format: what is detected is said, what is bad is named by its line, nothing is dropped
+silently.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"layers.0.self_attn.v_proj": 5},
         },
     ),
-}  # fmt: skip
+}
 
 
 def _random(parameters: list[nn.Parameter]) -> None:
@@ -222,7 +222,7 @@ def test_prompt_tuning_both_ways(name: str, tmp_path: Path) -> None:
         ("bert", SoftPrompt(tokens=2), "causal language models alone"),
         ("llama", Recipe(delta=[SoftPrompt(tokens=2), LoRA(rank=2)]), "soft prompt alone"),
     ],
-)  # fmt: skip
+)
 def test_what_peft_cannot_hold_is_refused(name: str, method: Any, words: str, tmp_path: Path) -> None:
     handle = attach(tiny(name), method)
     with pytest.raises(UserError, match=words):

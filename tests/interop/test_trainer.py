@@ -69,10 +69,16 @@ def test_trainer_fires_each_event_once_per_optimizer_step(accumulation: int, tmp
 
     model, handle, recorder = _recording()
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=2, num_train_epochs=2,
-        gradient_accumulation_steps=accumulation, report_to=[], save_strategy="no", logging_strategy="no",
-        use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trainer"),
+        per_device_train_batch_size=2,
+        num_train_epochs=2,
+        gradient_accumulation_steps=accumulation,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     start = [p.detach().clone() for p in handle.parameters()]
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=_rows(8), callbacks=[handle.callback()]
@@ -96,10 +102,17 @@ def test_accumulated_gradients_are_complete_when_the_part_sees_them(tmp_path: Pa
     for size, accumulation in ((4, 1), (2, 2)):
         model, handle, recorder = _recording("llama")
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=size, max_steps=1,
-            gradient_accumulation_steps=accumulation, report_to=[], save_strategy="no", max_grad_norm=0.0,
-            logging_strategy="no", use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=str(tmp_path / "trainer"),
+            per_device_train_batch_size=size,
+            max_steps=1,
+            gradient_accumulation_steps=accumulation,
+            report_to=[],
+            save_strategy="no",
+            max_grad_norm=0.0,
+            logging_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         with torch.no_grad():
             for p in handle.parameters():
                 p.copy_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))

@@ -17,8 +17,13 @@ EVIL = '<script>alert("x")</script>'
 
 
 def row(name: str, accuracy: float, **more: Any) -> dict[str, Any]:
-    return {"method": name, "accuracy": accuracy, "accuracy_low": accuracy - 0.01,
-            "accuracy_high": accuracy + 0.01, **more}  # fmt: skip
+    return {
+        "method": name,
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - 0.01,
+        "accuracy_high": accuracy + 0.01,
+        **more,
+    }
 
 
 ROWS = [

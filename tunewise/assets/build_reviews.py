@@ -3,8 +3,8 @@
     pip download --no-deps --no-binary :all: vaderSentiment==0.5
     python -m tunewise.assets.build_reviews vaderSentiment-0.5.zip
 
-One JSON object per line: `id` (of the source), `rating` (mean of about 20 human raters, -4 to 4), `text`. Every
-sentence of the source is kept. The output is byte-identical on every call with the same zlib.
+One JSON object per line: `id` (of the source), `rating` (mean of about 20 human raters, -4 to 4), `text`.
+Every sentence of the source is kept. The output is byte-identical on every call with the same zlib.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ CLEAR_RATING = 0.5
 def demo_rows(name: str, progress: Progress | None = None) -> list[Row]:
     """Rows of a demo data set; `reviews*` ship with Tunewise, the others are fetched once.
 
-    Columns: reviews* `id, text, label, rating`; gsm8k `question, answer, final`; bbc `id, title, text, label`;
-    peptides `sequence, label`. UserError for an unknown name (with near ones) or when nothing can be fetched.
+    Columns: reviews* `id, text, label, rating`; gsm8k `question, answer, final`; bbc `id, title, text,
+    label`; peptides `sequence, label`. UserError for an unknown name (with near ones) or when nothing can be
+    fetched.
     """
     asset = entry(name, DATA, "data set")
     if asset.converter == "reviews":

@@ -180,9 +180,15 @@ def _build(source: Source, auto: str, config: Any, dtype: torch.dtype | str) -> 
 def _pretrained(source: Source, auto: str, config: Any, dtype: torch.dtype | str, say: Note) -> nn.Module:
     with _plainly(source, f'"{auto}"'):
         model, info = _auto_class(auto).from_pretrained(
-            source.place, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            local_files_only=source.local, ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+            source.place,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=source.local,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     missing = sorted(info["missing_keys"])
     other = sorted({key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]})
     head = [key for key in [*missing, *other] if _is_head(key, model, auto)]

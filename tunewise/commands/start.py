@@ -84,12 +84,33 @@ def tune(
     from tunewise.tune import tune as run_tune
 
     result = run_tune(
-        model, data, method=method, task=task, train=train, valid=valid, test=test, text_column=text_column,
-        label_column=label_column, metric=metric, lr=lr, batch_size=batch_size, epochs=epochs, steps=steps,
-        max_length=max_length, dtype=dtype, device=device, seed=seed, out=out, resume=resume, dry_run=dry_run,
-        skip_bad_rows=skip_bad_rows, checkpoint_every=checkpoint_every, options=options,
-        say=output.say, progress=output.progress,
-    )  # fmt: skip
+        model,
+        data,
+        method=method,
+        task=task,
+        train=train,
+        valid=valid,
+        test=test,
+        text_column=text_column,
+        label_column=label_column,
+        metric=metric,
+        lr=lr,
+        batch_size=batch_size,
+        epochs=epochs,
+        steps=steps,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        out=out,
+        resume=resume,
+        dry_run=dry_run,
+        skip_bad_rows=skip_bad_rows,
+        checkpoint_every=checkpoint_every,
+        options=options,
+        say=output.say,
+        progress=output.progress,
+    )
     if dry_run:
         from .plan import plan_view
 

@@ -1,4 +1,6 @@
-"""An adaptation is all deltas of one recipe on one backbone; its handle attaches, switches, saves and removes them."""
+"""An adaptation is all deltas of one recipe on one backbone; its handle attaches, switches, saves and removes
+them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from .widths import with_widths
 __all__ = ["Adaptation", "Existing", "Info", "handles", "root_site"]
 
 PREFIX = "tw_"
-WORDS = re.compile("(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])")  # LoRA is one word, SoftPrompt are two
+WORDS = re.compile(
+    "(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])"
+)  # LoRA is one word, SoftPrompt are two
 TAPPED = ("block", "embedding", "norm", "linear")
 
 
@@ -74,7 +78,8 @@ def _refuse_wrapped(model: nn.Module, sites: Sequence[Site]) -> None:
 class Adaptation:
     """The deltas of one recipe on one model: tensors, switching, and the way back.
 
-    Created by `tw.attach`. `sites` holds every (key, site, SiteDelta); `existing` the trained base parameters.
+    Created by `tw.attach`. `sites` holds every (key, site, SiteDelta); `existing` the trained base
+    parameters.
     """
 
     def __init__(
@@ -110,7 +115,9 @@ class Adaptation:
         return found
 
     def build(self, start: bool = True) -> None:
-        """Creates the tensors at their sites, freezes the backbone, switches this adaptation on; `start` runs `attached`."""
+        """Creates the tensors at their sites, freezes the backbone, switches this adaptation on; `start` runs
+        `attached`.
+        """
         everything = find_sites(self.model)
         _refuse_wrapped(self.model, everything)
         siblings = [h for h in handles(self.model).values() if h.active]
@@ -144,7 +151,7 @@ class Adaptation:
         if taps and len(chosen) != 1:
             raise UserError(
                 f"{type(part).__name__} writes one site; sites={getattr(part, 'sites', 'all')!r} selects {len(chosen)}."
-            )  # type: ignore[attr-defined]
+            )
         for site in chosen if set(forms(part)) - {"existing"} or part.slot == "head" else ():
             tensors = part.side_tensors(site, taps) if taps else part.tensors(site)
             t = SiteDelta(part, site, tensors, self.dtype)
@@ -184,7 +191,9 @@ class Adaptation:
                     f"{type(part).__name__} cannot train {name}: its values are {original.dtype} codes."
                 )
             if original.is_meta and device_of(self.model).type != "meta":
-                raise UserError(f"{name} is offloaded and cannot be trained there: attach first, then offload.")
+                raise UserError(
+                    f"{name} is offloaded and cannot be trained there: attach first, then offload."
+                )
             if id(original) in taken:
                 continue
             taken.add(id(original))
@@ -192,7 +201,8 @@ class Adaptation:
             places = [(self.model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in where]
             if places[0][1] == "weight" and is_quantized(places[0][0]):
                 raise UserError(
-                    f"{type(part).__name__} cannot train {name}: it is quantized; load the base model unquantized, or use lora."
+                    f"{type(part).__name__} cannot train {name}: it is quantized; "
+                    "load the base model unquantized, or use lora."
                 )
             ours = nn.Parameter(original.detach().clone()) if self.undo else original
             self.existing[name] = Existing(places, original, ours, tag, key, part)
@@ -319,7 +329,9 @@ class Adaptation:
             mine.add_(change) if site.rows is None else mine.index_add_(-2, site.rows, change)
 
     def detach(self) -> None:
-        """Takes everything away; the base is bit-equal to what it was. Raises `UserError` where it no longer can be."""
+        """Takes everything away; the base is bit-equal to what it was. Raises `UserError` where it no longer
+        can be.
+        """
         if self.existing and not self.undo:
             raise UserError(
                 "The base weights were trained in place without a copy (undo=False): load the base model again."

@@ -15,13 +15,10 @@ State = dict[str, Tensor]
 
 
 def average(states: Sequence[State], weights: Sequence[float] | None = None) -> State:
-    """sum_i w_i theta_i / sum_i w_i for dicts of `handle.state()`; equal weights if none are given.
+    """sum_i w_i theta_i / sum_i w_i of `handle.state()` dicts, in float32 or wider; equal weights if none.
 
-    Sums run in float32 or wider and come back in the first state's dtype; indices must be equal. Raises
-    `UserError` for other names, shapes or indices, and for weights that sum to 0.
+    Raises `UserError` for other names, shapes or indices, and for weights that sum to 0.
     """
-    if not states:
-        raise UserError("There is nothing to average: give at least one state.")
     given = [1.0] * len(states) if weights is None else [float(w) for w in weights]
     if len(given) != len(states) or sum(given) == 0:
         raise UserError(f"{len(states)} states need as many weights with a sum other than 0, not {given}.")
@@ -73,10 +70,7 @@ def to_lora(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 def to_lora_from_components(
     components: Sequence[tuple[Tensor, Tensor, float]], rank: int | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """(B, A, error) of sum_i w_i B_i A_i: the stacked factors, error 0, where `rank` holds them all.
-
-    Otherwise truncated without building the matrix: QR of the stacked factors, SVD of the small product.
-    """
+    """(B, A, error) of sum_i w_i B_i A_i: stacked where `rank` holds them, else QR and SVD."""
     if not components or (rank is not None and rank < 1):
         raise UserError("A low-rank form needs at least one pair of factors and a rank above 0.")
     b = torch.cat([w * up for up, _, w in components], 1)

@@ -1,4 +1,6 @@
-"""softmax(q [P_K; K]^T) [P_V; V]: learnt keys and values before an attention's own, for encoders and decoders."""
+"""softmax(q [P_K; K]^T) [P_V; V]: learnt keys and values before an attention's own, for encoders and
+decoders.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ def key_value_shape(site: Site) -> tuple[int, int]:
     assert found is not None
     _, linear, role = found
     if role == "key":
-        width = int(linear.weight.shape[0])  # type: ignore[union-attr,index]
+        width = int(linear.weight.shape[0])  # type: ignore[index]
     else:
         inner = next(s for s in _sites(site) if s.module is linear)
         width = len(inner.roles["key"])

@@ -1,4 +1,6 @@
-"""Checkpoints: any tree of tensors and plain values as JSON + safetensors, written whole or not at all; no pickle."""
+"""Checkpoints: any tree of tensors and plain values as JSON + safetensors, written whole or not at all; no
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -111,9 +113,8 @@ def save_tree(folder: Path, tree: dict[str, Any]) -> None:
         _sync(part / "state.json")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise RunError(
-            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}; the last good checkpoint is kept."
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise RunError(f"{folder} cannot be written: {why}; the last good checkpoint is kept.") from None
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

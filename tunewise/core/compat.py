@@ -56,7 +56,8 @@ def check(recipe: Recipe, model: Any = None) -> None:
             blocker = _blocker(recipe, need, part)
             raise UserError(
                 f"{recipe.name}: {type(part).__name__} ({slot}) needs {what}"
-                f"{', which ' + blocker + ' does not give' if blocker else ''}; the nearest possible recipe uses {instead}."
+                f"{', which ' + blocker + ' does not give' if blocker else ''}; "
+                f"the nearest possible recipe uses {instead}."
             )
 
 

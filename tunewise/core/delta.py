@@ -40,12 +40,14 @@ class Delta(Part):
     - `product(t, x, W, b)`: a fused twin of `weight` that replaces the whole product; used when the delta is
       alone at its site and no part asks for the plain form.
     - `read(t, taps, y)`: a side network; `taps` are detached outputs of the sites in `taps`, y the output of
-      the site it writes. `keys(t)`: (K, V), each `[kv heads, length, head size]`, put before an attention's own.
-    - `around(t, call, args, kwargs)`: the whole call, for prompts; runs at the root when `kinds = ("model",)`.
+      the site it writes. `keys(t)`: (K, V), each `[kv heads, length, head size]`, put before an attention's
+      own.
+    - `around(t, call, args, kwargs)`: the whole call, for prompts; runs at the root when `kinds =
+      ("model",)`.
     - `existing(model)`: names of the backbone's own parameters that are trained.
 
-    `identity` says that the start changes nothing; `order` where a `weight` stands among several (mask, multiply, add,
-    prune, quantize); `unit` what the axis of a tensor counts.
+    `identity` says that the start changes nothing; `order` where a `weight` stands among several (mask,
+    multiply, add, prune, quantize); `unit` what the axis of a tensor counts.
     """
 
     slot: ClassVar[str] = "delta"
@@ -131,7 +133,7 @@ def device_of(module: nn.Module) -> torch.device:
     """Where the module computes: with accelerate's offload that is not where its (meta) parameters say."""
     found = next((p.device for p in module.parameters()), torch.device("cpu"))
     for inner in module.modules() if found.type == "meta" else ():
-        hook = getattr(inner, "_hf_hook", None)
+        hook: Any = getattr(inner, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
             if getattr(one, "execution_device", None) is not None:
                 return torch.device(one.execution_device)

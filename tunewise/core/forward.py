@@ -1,4 +1,6 @@
-"""The callable that stands in for a module's forward while deltas are attached; nothing is renamed or reclassed."""
+"""The callable that stands in for a module's forward while deltas are attached; nothing is renamed or
+reclassed.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,14 @@ class Plan:
     reads: tuple[SiteDelta, ...] = ()
     taps: tuple[tuple[TapBuffer, str, bool], ...] = ()
 
+    def mine(self) -> tuple[SiteDelta, ...]:
+        """Every delta that has an equation here."""
+        product = () if self.product is None else (self.product,)
+        return (*self.around, *self.inputs, *self.weights, *product, *self.outputs, *self.reads)
+
     def deltas(self) -> list[SiteDelta]:
         """Everything whose tensors are read here."""
-        product = () if self.product is None else (self.product,)
-        mine = (*self.around, *self.inputs, *self.weights, *product, *self.outputs, *self.reads)
-        return [*mine, *(owner for t in mine for owner in t._shared)]
+        return [*self.mine(), *(owner for t in self.mine() for owner in t._shared)]
 
     def __bool__(self) -> bool:
         return any(
@@ -77,10 +82,8 @@ def read_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
 
     if getattr(weight, "quant_state", None) is not None:
         return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-    state = getattr(module, "state", None)
-    codes, scale = (
-        (weight.CB, weight.SCB) if getattr(weight, "SCB", None) is not None else (state.CB, state.SCB)
-    )  # type: ignore[union-attr]
+    holder: Any = weight if getattr(weight, "SCB", None) is not None else module.state
+    codes, scale = holder.CB, holder.SCB
     return functional.int8_vectorwise_dequant(codes, scale)  # type: ignore[no-any-return]
 
 
@@ -113,11 +116,23 @@ def _count(t: SiteDelta) -> None:
 
 
 class Forward:
-    """x -> input -> W' (or the base's own product) -> output -> read; a plain object, so copies and pickles work."""
+    """x -> input -> W' (or the base's own product) -> output -> read; a plain object, so copies and pickles
+    work.
+    """
 
     def __init__(self, module: nn.Module, base: Callable[..., Any]) -> None:
         self.module, self.base, self.plan = module, base, Plan()
+        self.plans = [self.plan]
         self.__signature__ = inspect.signature(base)
+
+    def use(self, plan: Plan, alive: set[SiteDelta]) -> None:
+        """Sets the plan; an earlier equal one comes back as the same object, which is what compiled code is
+        bound to.
+        """
+        self.plans = [p for p in self.plans if alive.issuperset(p.mine())]
+        if plan not in self.plans:
+            self.plans.append(plan)
+        self.plan = next(p for p in self.plans if p == plan)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.plan:
@@ -129,14 +144,16 @@ class Forward:
         return self._around(0, *args, **kwargs)
 
     def _fetched(self, offloaded: list[SiteDelta], *args: Any, **kwargs: Any) -> Any:
-        """accelerate has offloaded the deltas too, and brings tensors back only for calls, which deltas never get."""
+        """accelerate has offloaded the deltas too, and brings tensors back only for calls, which deltas never
+        get.
+        """
         for t in offloaded:
-            t._hf_hook.pre_forward(t)
+            t.__dict__["_hf_hook"].pre_forward(t)
         try:
             return self._around(0, *args, **kwargs)
         finally:
             for t in offloaded:
-                t._hf_hook.post_forward(t, None)
+                t.__dict__["_hf_hook"].post_forward(t, None)
 
     def _around(self, depth: int, *args: Any, **kwargs: Any) -> Any:
         if depth == len(self.plan.around):
@@ -166,10 +183,10 @@ class Forward:
         return (new, *result[1:]) if isinstance(result, tuple) else new
 
     def _product(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module, plan = self.module, self.plan
+        module, plan, bias = self.module, self.plan, self.module._parameters.get("bias")
         if plan.product is not None:
             _count(plan.product)
-            return plan.product.part.product(plan.product, x, read_weight(module), module.bias)  # type: ignore[arg-type]
+            return plan.product.part.product(plan.product, x, read_weight(module), bias)
         if not plan.weights:
             return self.base(*args, **kwargs)
         new: dict[str, Tensor] = {}
@@ -178,9 +195,7 @@ class Forward:
             before = new[t.parameter] if t.parameter in new else read_weight(module, t.parameter)
             new[t.parameter] = changed_weight(t, before)
         if "weight" in new and (type(module) is nn.Linear or is_quantized(module)):
-            return F.linear(
-                x, new["weight"].to(x.dtype) if is_quantized(module) else new["weight"], module.bias
-            )  # type: ignore[arg-type]
+            return F.linear(x, new["weight"].to(x.dtype) if is_quantized(module) else new["weight"], bias)
         with swapped(module, new):
             return self.base(*args, **kwargs)
 
@@ -221,7 +236,9 @@ def forward_of(module: nn.Module) -> Forward | None:
 
 
 def install(module: nn.Module) -> Forward:
-    """Puts the stand-in in place, inside accelerate's slot where there is one (it keeps the real forward there)."""
+    """Puts the stand-in in place, inside accelerate's slot where there is one (it keeps the real forward
+    there).
+    """
     found = forward_of(module)
     if found is None:
         slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"

@@ -97,7 +97,9 @@ class Handle(Adaptation):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Writes W' into the base and takes the deltas out of the forward pass. Originals are kept for `unmerge`."""
+        """Writes W' into the base and takes the deltas out of the forward pass. Originals are kept for
+        `unmerge`.
+        """
         reason = not_mergeable(self)
         if reason:
             raise UserError(reason)
@@ -155,18 +157,26 @@ class Handle(Adaptation):
         """Writes `adaptation.safetensors` and `adaptation.json` (recipe, sizes, tags); never pickle."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.run is not None and self.run.lifecycle.unfired():
-            raise UserError(str(self.run.lifecycle.unfired()))
+        from .lifecycle import Lifecycle
+
+        trained = any(i.tensor.grad is not None for i in self.tensors().values())
+        lifecycle = self.run.lifecycle if self.run is not None else Lifecycle(self.recipe, None)
+        if (self.run is not None or trained) and lifecycle.unfired():
+            raise UserError(str(lifecycle.unfired()))
         state = {n: v.cpu().contiguous() for n, v in self.state().items()}
         state |= {f"commit.{n}": (w.detach() - o).cpu().contiguous() for n, (w, o) in self.committed.items()}
         part = folder / ".adaptation.safetensors.part"
         save_file(state, part, metadata={"format": "pt"})
         part.replace(folder / "adaptation.safetensors")
         described = {
-            "format": FORMAT, "name": self.name, "recipe": self.recipe.describe(), "dtype": str(self.dtype).removeprefix("torch."),
-            "sites": {s.name: k for k, s, _ in self.sites}, "tags": {n: i.tag for n, i in self.tensors().items()},
+            "format": FORMAT,
+            "name": self.name,
+            "recipe": self.recipe.describe(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sites": {s.name: k for k, s, _ in self.sites},
+            "tags": {n: i.tag for n, i in self.tensors().items()},
             **(extra or {}),
-        }  # fmt: skip
+        }
         write_json(folder / "adaptation.json", described)
         return folder
 
@@ -181,8 +191,8 @@ class Handle(Adaptation):
         for _, site, t in self.sites:
             if t.calls == 0 and t.part.slot == "delta":
                 raise UserError(
-                    f"{site.name} owns a {type(t.part).__name__} and was not called in the first forward pass, so it would "
-                    f'never learn; leave it out, for example sites="linear & ~{site.name}".'
+                    f"{site.name} owns a {type(t.part).__name__} and was not called in the first forward pass, "
+                    f'so it would never learn; leave it out, for example sites="linear & ~{site.name}".'
                 )
 
     def frozen_eval(self) -> None:
@@ -240,10 +250,17 @@ class Handle(Adaptation):
 
 
 def attach(
-    model: nn.Module, method: Any, *, name: str = "default", dtype: torch.dtype = torch.float32, plain: bool = False,
-    undo: bool = True, seed: int | None = None,
-) -> Handle:  # fmt: skip
-    """W -> W' at the sites of `method` ("lora(rank=8)", a recipe, a part); the base is frozen and renamed nowhere.
+    model: nn.Module,
+    method: Any,
+    *,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    plain: bool = False,
+    undo: bool = True,
+    seed: int | None = None,
+) -> Handle:
+    """W -> W' at the sites of `method` ("lora(rank=8)", a recipe, a part); the base is frozen and renamed
+    nowhere.
 
     dtype  of the trainable tensors; `plain` uses eager equations instead of fused ones (second derivatives);
     undo   keeps copies of trained base weights, so that `detach` is bit-equal (costs their size once)

@@ -34,8 +34,9 @@ def call_order(recipe: Recipe) -> dict[str, list[Part]]:
 class Lifecycle:
     """Fires the events of one run, and knows which were never fired."""
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
-        self.order, self.run = call_order(recipe), run
+    def __init__(self, recipe: Recipe, run: Run | None) -> None:
+        self.order = call_order(recipe)
+        self.run: Any = run
         self.fired = dict.fromkeys(EVENTS, 0)
 
     def fire(self, event: str, *args: Any) -> Any:

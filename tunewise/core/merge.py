@@ -95,12 +95,16 @@ def _by_module(adaptation: Adaptation) -> dict[tuple[nn.Module, str], tuple[Site
 
 @torch.no_grad()
 def materialize(adaptation: Adaptation, name: str | None = None) -> dict[str, Tensor]:
-    """{site: W' - W}, each `[out, in]` of the whole module, in float32; existing parameters under their own name."""
+    """{site: W' - W}, each `[out, in]` of the whole module, in float32; existing parameters under their own
+    name.
+    """
     reason = not_mergeable(adaptation)
     if reason:
         raise UserError(reason)
     if adaptation.existing and not adaptation.undo:
-        raise UserError("The base weights were trained in place without a copy (undo=False): W' - W is not known.")
+        raise UserError(
+            "The base weights were trained in place without a copy (undo=False): W' - W is not known."
+        )
     was = {t: t.training for _, _, t in adaptation.sites}
     for t in was:
         t.eval()
@@ -138,5 +142,5 @@ def merged_tensors(adaptation: Adaptation) -> list[tuple[nn.Module, str, Tensor]
         new = weight.transpose(-1, -2) if keeps_in_out(site) else weight
         found.append((module, parameter, new.to(old.dtype).contiguous()))
         if bias is not None:
-            found.append((module, "bias", bias.to(module.bias.dtype)))  # type: ignore[union-attr,arg-type]
+            found.append((module, "bias", bias.to(module.bias.dtype)))  # type: ignore[arg-type]
     return found

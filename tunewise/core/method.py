@@ -22,11 +22,20 @@ from .recipe import Recipe
 __all__ = ["PEFT_SPELLINGS", "Method", "get_method", "method", "method_names", "read_recipe", "read_yaml"]
 
 PEFT_SPELLINGS = {
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "sites",
-    "num_virtual_tokens": "tokens", "init_lora_weights": "init", "use_rslora": "scaling",
-    "learning_rate": "--lr", "num_train_epochs": "--epochs", "max_steps": "--steps",
-    "per_device_train_batch_size": "--batch-size", "output_dir": "--out", "task_type": "--task",
-}  # fmt: skip
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "sites",
+    "num_virtual_tokens": "tokens",
+    "init_lora_weights": "init",
+    "use_rslora": "scaling",
+    "learning_rate": "--lr",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--steps",
+    "per_device_train_batch_size": "--batch-size",
+    "output_dir": "--out",
+    "task_type": "--task",
+}
 _defined: dict[str, Method] = {}
 
 
@@ -71,7 +80,9 @@ class Method:
 
 
 def method(name: str, **facts: Any) -> Callable[[Callable[..., Recipe]], Method]:
-    """Registers a named recipe: `title`, `arxiv`, `lr=(low, default, high)`, `unverified` (what is our own reading)."""
+    """Registers a named recipe: `title`, `arxiv`, `lr=(low, default, high)`, `unverified` (what is our own
+    reading).
+    """
 
     def wrap(make: Callable[..., Recipe]) -> Method:
         made = Method(make, name, facts)
@@ -93,7 +104,9 @@ def _catalog_files() -> dict[str, str]:
 
 
 def method_names() -> list[str]:
-    """Names of all methods: catalog, installed plug-ins (entry points `tunewise.methods`), and yours. Imports none."""
+    """Names of all methods: catalog, installed plug-ins (entry points `tunewise.methods`), and yours. Imports
+    none.
+    """
     plugged = {e.name for e in entry_points(group="tunewise.methods")}
     return sorted({*_catalog_files(), *plugged, *_defined})
 
@@ -206,7 +219,9 @@ def _entries(item: Any, where: str) -> Iterator[Recipe]:
 
 
 def read_recipe(given: Any) -> Recipe:
-    """The recipe in a string (`lora(rank=8) + lisa`, `./mine.py:hira`), a YAML file, a Recipe, Method, Part or list."""
+    """The recipe in a string (`lora(rank=8) + lisa`, `./mine.py:hira`), a YAML file, a Recipe, Method, Part
+    or list.
+    """
     if isinstance(given, Recipe):
         return given
     if isinstance(given, Method):

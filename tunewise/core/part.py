@@ -35,7 +35,18 @@ __all__ = [
 SLOTS: tuple[str, ...] = ("backbone", "delta", "allocate", "head", "objective", "data", "optimizer", "loop")
 SLOTS += ("post", "inference", "diagnose")
 LIST_SLOTS = frozenset({"delta", "head", "objective", "data", "post", "inference", "diagnose"})
-TAGS = ("direction", "magnitude", "singular", "gate", "mask", "mix", "scale", "router", "prompt", "head")
+TAGS: tuple[str, ...] = (
+    "direction",
+    "magnitude",
+    "singular",
+    "gate",
+    "mask",
+    "mix",
+    "scale",
+    "router",
+    "prompt",
+    "head",
+)
 TAGS += ("weight", "bias")
 EVENTS = ("prepare", "select", "before_step", "gradients", "after_step", "boundary", "finish")
 STAGES = ("private", "combine", "observe", "mask", "clip", "project", "rule")
@@ -78,7 +89,9 @@ class Part:
         super().__init_subclass__(**options)
         for name, kind in cls.__dict__.get("__annotations__", {}).items():
             default = cls.__dict__.get(name)
-            if isinstance(default, (list, dict)) and "ClassVar" not in str(kind):  # every instance has its own
+            if isinstance(default, (list, dict)) and "ClassVar" not in str(
+                kind
+            ):  # every instance has its own
                 setattr(cls, name, dataclasses.field(default_factory=partial(copy.copy, default)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
         pydantic_dataclasses.dataclass(config=config)(cls)
@@ -108,6 +121,10 @@ class Part:
         """What this part has learnt in the current run; checkpointed by the core."""
         found: dict[str, Any] = self.__dict__.setdefault("_state", {})
         return found
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        self.__dict__["_state"] = value
 
     def prepare(self, run: Run) -> None:
         """Once per stage, before the first step: calibration."""
@@ -142,7 +159,13 @@ def nested(part: Part) -> list[Part]:
     found = [part]
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        items = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else [value]
+        )
         for item in items:
             if isinstance(item, Part):
                 found += nested(item)

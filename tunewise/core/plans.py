@@ -47,7 +47,9 @@ def _linear_plan(ts: list[SiteDelta], plain: bool) -> Plan:
 
 
 def rebuild(model: nn.Module) -> None:
-    """Sets the plan of every module from the active adaptations; modules without one get their own forward back."""
+    """Sets the plan of every module from the active adaptations; modules without one get their own forward
+    back.
+    """
     from .adaptation import handles
 
     active: list[Adaptation] = [h for h in handles(model).values() if h.active]
@@ -67,23 +69,27 @@ def rebuild(model: nn.Module) -> None:
             if "read" in given:
                 assert t.buffer is not None
                 reads[place].append(t)
-                for name, module in zip(t.buffer.sites, t.taps, strict=True):  # type: ignore[attr-defined,arg-type]
-                    taps[module].append((t.buffer, name, False))  # type: ignore[arg-type]
+                for name, module in zip(t.buffer.sites, t.taps, strict=True):
+                    taps[module].append((t.buffer, name, False))
             elif set(given) & {"input", "weight", "output"}:
                 by_module[place].append(t)
                 if site.entry is not None and site.entry is not place:
-                    t.buffer = TapBuffer([site.name])  # type: ignore[assignment]
-                    taps[site.entry].append((t.buffer, site.name, True))  # type: ignore[arg-type]
+                    t.buffer = TapBuffer([site.name])
+                    taps[site.entry].append((t.buffer, site.name, True))
     plain = any(h.plain for h in active)
+    alive = {t for h in handles(model).values() for _, _, t in h.sites}
     wanted: set[nn.Module] = {*by_module, *around, *reads, *taps}
     for module in model.modules():
         if module in wanted:
             plan = _linear_plan(by_module.get(module, []), plain)
             plan.around, plan.reads = tuple(around.get(module, ())), tuple(reads.get(module, ()))
             plan.taps = tuple(taps.get(module, ()))
-            install(module).plan = plan
-        elif forward_of(module) is not None:
-            uninstall(module)
+            install(module).use(plan, alive)
+        elif (found := forward_of(module)) is not None:
+            if alive:  # an adaptation that is switched off may come back, and compiled code with it
+                found.use(Plan(), alive)
+            else:
+                uninstall(module)
     set_prefixes(model, dict(prefixes))
     _hide_from_saving(model)
 
@@ -94,4 +100,4 @@ def _hide_from_saving(model: nn.Module) -> None:
     ignored: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()
     own = {k for k in ignored if ".tw_" not in f".{k}"}
     if hasattr(model, "save_pretrained") and (hidden or len(own) < len(ignored)):
-        model._keys_to_ignore_on_save = own | set(hidden)  # type: ignore[assignment]
+        model._keys_to_ignore_on_save = own | set(hidden)

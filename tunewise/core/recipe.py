@@ -33,10 +33,12 @@ def _unique(parts: list[Part]) -> list[Part]:
 
 
 class Recipe:
-    """slot -> parts, each slot *essential* (what the publication proposes) or *default* (what it needs to run).
+    """slot -> parts, each slot *essential* (what the publication proposes) or *default* (what it needs to
+    run).
 
-    In `a + b` a default gives way to an essential; two essentials are both kept in list slots and refused by name
-    in single ones. Raises `UserError` for an unknown slot, a part in the wrong slot, or two parts in a single slot.
+    In `a + b` a default gives way to an essential; two essentials are both kept in list slots and refused by
+    name in single ones. Raises `UserError` for an unknown slot, a part in the wrong slot, or two parts in a
+    single slot.
     """
 
     def __init__(self, *, defaults: dict[str, Any] | None = None, name: str = "", **slots: Any) -> None:

@@ -20,10 +20,11 @@ __all__ = ["Reference"]
 
 
 class Reference:
-    """`reference(**inputs)` gives outputs of an earlier model under no_grad; `with reference.active():` runs anything.
+    """`reference(**inputs)` gives an earlier model's outputs, without gradients and dropout; `with
+    reference.active():` runs anything.
 
-    "start" switches the adaptation off where that is exact and keeps only what it cannot (heads, non-identity starts);
-    "previous" is taken at every boundary, "ema" follows each step: e <- decay e + (1 - decay) theta.
+    "start" switches the adaptation off where that is exact and keeps only what it cannot (heads, non-identity
+    starts); "previous" is taken at every boundary, "ema" follows each step: e <- decay e + (1 - decay) theta.
     """
 
     def __init__(self, handle: Handle, which: str, decay: float) -> None:
@@ -72,8 +73,14 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
-        with self.active():
-            return self.handle.model(**inputs)
+        modes = {module: module.training for module in self.handle.model.modules()}
+        self.handle.model.eval()
+        try:
+            with self.active():
+                return self.handle.model(**inputs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -1,9 +1,11 @@
-"""A run is one recipe at work: what parts may ask for (tensors, batches, stores, references, signals, child runs)."""
+"""A run is one recipe at work: what parts may ask for (tensors, batches, stores, references, signals, child
+runs).
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +44,7 @@ class Run:
         self,
         handle: Handle,
         *,
-        data: dict[str, Sequence[Example]] | None = None,
+        data: Mapping[str, Sequence[Example]] | None = None,
         task: Any = None,
         seed: int = 0,
         directory: Path | None = None,
@@ -141,7 +143,10 @@ class Run:
         if event == "before_step":
             self.tensors.in_step, self.sample_losses = True, {}
         if event == "gradients" and self.loss_scale != 1.0:
-            torch._foreach_div_([i.tensor.grad for _, i in self.tensors.active() if i.tensor.grad is not None], self.loss_scale)
+            torch._foreach_div_(
+                [i.tensor.grad for _, i in self.tensors.active() if i.tensor.grad is not None],
+                self.loss_scale,
+            )
         result = self.lifecycle.fire(event, *args)
         if event == "after_step":
             self.tensors.settle()
@@ -153,12 +158,19 @@ class Run:
         return result
 
     def child(
-        self, name: str, recipe: Recipe | None = None, *, data: dict[str, Sequence[Example]] | None = None,
-        start: dict[str, Any] | None = None, settings: Any = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Executes another run on the same backbone and gives its artefacts: adaptation, moments, stores, part states.
+        self,
+        name: str,
+        recipe: Recipe | None = None,
+        *,
+        data: dict[str, Sequence[Example]] | None = None,
+        start: dict[str, Any] | None = None,
+        settings: Any = None,
+    ) -> dict[str, Any]:
+        """Executes another run on the same backbone and gives its artefacts: adaptation, moments, stores,
+        part states.
 
-        Only these cross over; `start` takes such artefacts (any subset). A finished child is not run again on resume.
+        Only these cross over; `start` takes such artefacts (any subset). A finished child is not run again on
+        resume.
         """
         place = self.directory / "children" / name if self.directory else None
         if place is not None and (place / "artefacts").is_dir():
@@ -170,8 +182,14 @@ class Run:
             inner = Handle(self.model, wanted, f"child_{name}", self.handle.dtype, self.handle.plain, True)
             torch.manual_seed(seed_of(self.seed, "child", name))
             inner.build()
-            child = Run(inner, data=data or dict(self.streams.data), task=self.task, seed=seed_of(self.seed, name),
-                        directory=place, settings=settings or self.settings)  # fmt: skip
+            child = Run(
+                inner,
+                data=data or dict(self.streams.data),
+                task=self.task,
+                seed=seed_of(self.seed, name),
+                directory=place,
+                settings=settings or self.settings,
+            )
             child.tokenizer, child.listen = self.tokenizer, lambda row: self.listen({"child": name, **row})
             try:
                 child._begin(start or {})
@@ -228,7 +246,9 @@ class Run:
         parts = self._named_parts()
         for key, saved in states.items():
             if key not in parts and any(saved):
-                raise UserError(f"The recipe has no part {key}, whose state was to be taken over{did_you_mean(key, parts)}")
+                raise UserError(
+                    f"The recipe has no part {key}, whose state was to be taken over{did_you_mean(key, parts)}"
+                )
             for one, state in zip(nested(parts[key]) if key in parts else [], saved, strict=False):
                 one.__dict__["_state"] = copy.deepcopy(state)
 
@@ -238,14 +258,22 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything that learns or moves."""
         return {
-            "step": self.step, "epoch": self.epoch, "total_steps": self.total_steps,
-            "tensors": self.handle.state(), "frozen": self.tensors.frozen, "dropped": self.tensors.dropped,
-            "streams": self.streams.state_dict(), "parts": self._part_states(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "total_steps": self.total_steps,
+            "tensors": self.handle.state(),
+            "frozen": self.tensors.frozen,
+            "dropped": self.tensors.dropped,
+            "streams": self.streams.state_dict(),
+            "parts": self._part_states(),
             "stores": {n: s.state_dict() for n, s in self._stores.items()},
             "references": {n: r.state_dict() for n, r in self._references.items()},
             "generators": {n: g.get_state() for n, g in self._generators.items()},
-            "lifecycle": self.lifecycle.state_dict(), "metrics": self.metrics, "extra": self.extra, "rng": get_rng(),
-        }  # fmt: skip
+            "lifecycle": self.lifecycle.state_dict(),
+            "metrics": self.metrics,
+            "extra": self.extra,
+            "rng": get_rng(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken; the optimizer's own state is loaded by its slot."""

@@ -1,4 +1,6 @@
-"""Signals: activations, output gradients, and weight gradients of frozen weights; tapped only while someone listens."""
+"""Signals: activations, output gradients, and weight gradients of frozen weights; tapped only while someone
+listens.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Streams: parts draw rows from named streams, each with its own order and a position that every checkpoint holds."""
+"""Streams: parts draw rows from named streams, each with its own order and a position that every checkpoint
+holds.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ def seed_of(*names: object) -> int:
 class Stream(Iterator[list[Example]]):
     """Endless batches of `size` examples in an order that depends on (seed, name, epoch) alone.
 
-    The order of an epoch is a permutation; inside windows of 8 batches examples are sorted by length, so that a batch
-    holds little padding, and the window's batches are then shuffled. The last, shorter batch of an epoch is kept.
+    The order of an epoch is a permutation; inside windows of 8 batches examples are sorted by length, so that
+    a batch holds little padding, and the window's batches are then shuffled. The last, shorter batch of an
+    epoch is kept.
     """
 
     def __init__(
@@ -78,8 +81,8 @@ class Stream(Iterator[list[Example]]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         if state["rows"] != len(self.examples) or state["size"] != self.size:
             raise UserError(
-                f"The stream {self.name} had {state['rows']} rows in batches of {state['size']} when the run was saved, "
-                f"now {len(self.examples)} in batches of {self.size}: resume with the same data and settings."
+                f"The stream {self.name} had {state['rows']} rows in batches of {state['size']} "
+                f"when the run was saved, now {len(self.examples)} in batches of {self.size}: resume with the same data and settings."
             )
         self.epoch, self.index = state["epoch"], state["index"]
 
@@ -87,7 +90,7 @@ class Stream(Iterator[list[Example]]):
 class Streams:
     """All streams of a run, opened on first use; test rows are never among them."""
 
-    def __init__(self, data: dict[str, Sequence[Example]], seed: int, by_length: bool = True) -> None:
+    def __init__(self, data: Mapping[str, Sequence[Example]], seed: int, by_length: bool = True) -> None:
         if "test" in data:
             raise UserError("Test rows are never handed to a run; give them to the evaluation only.")
         self.data, self.seed, self.by_length = data, seed, by_length
@@ -95,7 +98,9 @@ class Streams:
         self._saved: dict[str, dict[str, int]] = {}
 
     def open(self, name: str, size: int) -> Stream:
-        """The stream `name` in batches of `size`; `calibration` and `replay` fall back to train, `meta` to valid."""
+        """The stream `name` in batches of `size`; `calibration` and `replay` fall back to train, `meta` to
+        valid.
+        """
         key = f"{name}/{size}"
         if key not in self._open:
             source = name if name in self.data else FALLBACK.get(name, name)

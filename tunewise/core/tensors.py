@@ -19,7 +19,9 @@ __all__ = ["Tensors"]
 
 
 class Tensors:
-    """The trainable tensors of a run by name; changes act between two steps and move the optimizer's state along."""
+    """The trainable tensors of a run by name; changes act between two steps and move the optimizer's state
+    along.
+    """
 
     def __init__(self, adaptation: Adaptation) -> None:
         self.adaptation = adaptation
@@ -115,7 +117,9 @@ class Tensors:
         self._do(change)
 
     def replace(self, name: str, move: Callable[[Tensor], Tensor]) -> None:
-        """value <- move(value), also to another shape; `move` acts on every optimizer state of the same shape."""
+        """value <- move(value), also to another shape; `move` acts on every optimizer state of the same
+        shape.
+        """
 
         def change() -> None:
             old = self.info(name).tensor
@@ -158,10 +162,11 @@ class Tensors:
         return found
 
     def resize(self, where: str, n: int, keep: Tensor | None = None) -> None:
-        """Units `keep` (default: the first ones) stay, in their order, moments included; new units start at 0.
+        """Units `keep` (default: the first ones) stay, in their order, moments included; new units start at
+        0.
 
-        `where` is a key of `sizes()`. A pair of zero factors would stay zero for ever, so the units added to a
-        tensor that does not start at zero take fresh values from the delta's own start.
+        `where` is a key of `sizes()`. A pair of zero factors would stay zero for ever, so the units added to
+        a tensor that does not start at zero take fresh values from the delta's own start.
         """
         if where not in self.sizes():
             raise UserError(f"There is nothing to resize at {where}{did_you_mean(where, self.sizes())}")

@@ -13,9 +13,11 @@ _ENDS = ("output", "down")
 
 
 def with_widths(chosen: Sequence[Site], everything: Sequence[Site]) -> list[Site]:
-    """The same sites, attention, mlp and block ones with in_features and out_features filled where they can be known.
+    """The same sites, attention, mlp and block ones with in_features and out_features filled where they can
+    be known.
 
-    The input width is that of the first layer at the sub-layer's entry, the output width that of its last projection.
+    The input width is that of the first layer at the sub-layer's entry, the output width that of its last
+    projection.
     """
     leaves = [s for s in everything if s.kind in ("linear", "norm", "experts") and s.in_features]
 

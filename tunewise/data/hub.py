@@ -18,7 +18,9 @@ __all__ = ["load_hub"]
 def load_hub(
     dataset: str, config: str | None, name: str
 ) -> tuple[list[Row] | dict[str, list[Row]], list[str]]:
-    """(rows or named sets, notes) of a hub data set; UserError with near demo or file names if it cannot be had."""
+    """(rows or named sets, notes) of a hub data set; UserError with near demo or file names if it cannot be
+    had.
+    """
     near = nearest(name, [path.name for path in Path().iterdir()])
     end = f'; did you mean the file "{near[0]}"?' if near else did_you_mean(name, DATA)
     start = f'"{name}" is no file and no demo data, and'

@@ -59,7 +59,8 @@ def read_rows(data: Any, *, skip_bad_rows: bool = False) -> Rows:
     test become sets), or a folder of `datasets.save_to_disk`. An object is a list of dicts, a pandas
     DataFrame, a `datasets` object, or a dict of these or of paths, by set name. Row ids are a hash of the
     content, so that adding rows changes none; an `id` column of the source is kept as `source_id`.
-    UserError names the file and lines of what cannot be read; `skip_bad_rows` leaves these out and counts them.
+    UserError names the file and lines of what cannot be read; `skip_bad_rows` leaves these out and counts
+    them.
     """
     if isinstance(data, Rows):
         return data

@@ -63,12 +63,12 @@ def split_rows(
     """u = hash(seed, text) in [0, 1): test if u < test, valid if u < test + valid, else train.
 
     The text is compared after case folding and collapsing white space, so duplicates never straddle; with
-    `group_column`, rows of one group neither (then the group is hashed; rows linked through a shared text or a
-    shared group form one unit). The threshold is the same for every class, so the split is stratified in
-    expectation, and adding rows moves none (unless a new row links two groups).
-    `fixed=(train, valid)`, or `rows.fixed` unless other shares are asked for, takes exact counts instead: proportional in every class, lowest
-    hash first, the rest is test. Sets that the source brings are kept; a missing valid or test set is cut from
-    its train rows. `test=None` makes no test set. UserError for impossible fractions or counts.
+    `group_column`, rows of one group neither (then the group is hashed; rows linked through a shared text or
+    a shared group form one unit). The threshold is the same for every class, so the split is stratified in
+    expectation, and adding rows moves none (unless a new row links two groups). `fixed=(train, valid)`, or
+    `rows.fixed` unless other shares are asked for, takes exact counts instead: proportional in every class,
+    lowest hash first, the rest is test. Sets that the source brings are kept; a missing valid or test set is
+    cut from its train rows. `test=None` makes no test set. UserError for impossible fractions or counts.
     """
     table = rows.rows if isinstance(rows, Rows) else list(rows)
     _check(table, columns, valid, test, group_column)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,11 +15,19 @@ from tunewise.core.site import Site
 
 __all__ = ["InputAdapter", "ParallelAdapter", "SeriesAdapter"]
 
-FUNCTIONS = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu, "identity": lambda h: h}
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "identity": lambda h: h,
+}
 
 
 class _Bottleneck(Delta):
-    """Ad(h) = s W_up f(W_down drop(h) + b_down) + b_up, with W_down `[size, in]`, W_up `[out, size]` starting at 0."""
+    """Ad(h) = s W_up f(W_down drop(h) + b_down) + b_up, with W_down `[size, in]`, W_up `[out, size]` starting
+    at 0.
+    """
 
     kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp", "linear")
     unit: ClassVar[str] = "row"
@@ -65,8 +73,8 @@ class _Bottleneck(Delta):
 class SeriesAdapter(_Bottleneck):
     """y' = y + Ad(y), after the sub-layer and before its residual is added.
 
-    Trainable scalars: 2 size out, and size + out biases. Source: Houlsby, arXiv 1902.00751 (W_up starts at 0 here, so
-    that step 0 is the base model exactly; the paper starts near it).
+    Trainable scalars: 2 size out, and size + out biases. Source: Houlsby, arXiv 1902.00751 (W_up starts at 0
+    here, so that step 0 is the base model exactly; the paper starts near it).
     """
 
     reads: ClassVar[str] = "out"

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from tunewise.core.errors import RunError
 
 __all__ = ["LowRankLinear", "low_rank_linear"]
 
@@ -20,7 +21,8 @@ def _dense_pays(tokens: int, out_features: int, in_features: int) -> bool:
 class LowRankLinear(torch.autograd.Function):
     """Forward and backward by hand: four thin products in place of six, no temporaries of the output's size.
 
-    x `[..., in]`, W `[out, in]` frozen, A `[r, in]`, B `[out, r]`. Once differentiable: asking for more raises.
+    x `[..., in]`, W `[out, in]` frozen, A `[r, in]`, B `[out, r]`. Once differentiable: asking for more
+    raises.
     """
 
     @staticmethod
@@ -37,8 +39,14 @@ class LowRankLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True; torch's once_differentiable stays silent where it is pruned
+            raise RunError(
+                "The fused low-rank product has no second derivative: attach with plain=True, or declare that "
+                'the part needs "second_order".'
+            )
         x, W, A, B = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         h = x @ A.T
@@ -47,10 +55,8 @@ class LowRankLinear(torch.autograd.Function):
         grad_b = (h.T @ g).mul_(ctx.s).T  # (h'g)' is three times as fast as g'h here
         grad_x = None
         if ctx.needs_input_grad[0]:
-            if ctx.dense:
-                grad_x = g @ torch.addmm(W, B, A, alpha=ctx.s)
-            else:
-                grad_x = (g @ W).addmm_(gh, A)
+            merged = torch.addmm(W, B, A, alpha=ctx.s) if ctx.dense else None
+            grad_x = (g @ W).addmm_(gh, A) if merged is None else g @ merged
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None
 

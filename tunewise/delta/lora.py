@@ -21,9 +21,9 @@ __all__ = ["LoRA"]
 class LoRA(Delta):
     """W' = W + s B A, with A `[rank, in]`, B `[out, rank]`, s = alpha / rank (or alpha / sqrt(rank)).
 
-    A starts uniform in (-1/sqrt(in), 1/sqrt(in)), B at 0, so that W' = W at step 0. With dropout the low-rank path
-    sees drop(x), the base x. On 3-D experts A and B have one more, leading dimension.
-    Trainable scalars: rank (in + out) per site. Source: LoRA, arXiv 2106.09685; sqrt scaling: rsLoRA, arXiv 2312.03732.
+    A starts uniform in (-1/sqrt(in), 1/sqrt(in)), B at 0, so that W' = W at step 0. With dropout the low-rank
+    path sees drop(x), the base x. On 3-D experts A and B have one more, leading dimension. Trainable scalars:
+    rank (in + out) per site. Source: LoRA, arXiv 2106.09685; sqrt scaling: rsLoRA, arXiv 2312.03732.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "embedding")

@@ -18,12 +18,13 @@ __all__ = ["Prefix"]
 
 
 class Prefix(Delta):
-    """K' = [P_K; K], V' = [P_V; V], each `[key/value heads, tokens, head size]`, at every attention in `sites`.
+    """K' = [P_K; K], V' = [P_V; V], each `[key/value heads, tokens, head size]`, at every attention in
+    `sites`.
 
-    Through a registered attention function: no cache, no shifted positions, encoders and decoders alike. P_V starts
-    at 0 and P_K at small noise (std 0.02), so step 0 differs from the base only by attention lost to the prefix.
-    Trainable scalars: 2 tokens heads head_size per attention. Source: Prefix-Tuning, arXiv 2101.00190, without the
-    re-parameterising MLP (`P-Tuning v2`, arXiv 2110.07602, drops it too).
+    Through a registered attention function: no cache, no shifted positions, encoders and decoders alike. P_V
+    starts at 0 and P_K at small noise (std 0.02), so step 0 differs from the base only by attention lost to
+    the prefix. Trainable scalars: 2 tokens heads head_size per attention. Source: Prefix-Tuning, arXiv
+    2101.00190, without the re-parameterising MLP (`P-Tuning v2`, arXiv 2110.07602, drops it too).
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("attention",)

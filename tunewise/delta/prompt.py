@@ -17,12 +17,13 @@ __all__ = ["SoftPrompt"]
 
 
 class SoftPrompt(Delta):
-    """f([P; E(x)]), P `[tokens, width]`; the prompt's own outputs are cut off again, so shapes stay the input's.
+    """f([P; E(x)]), P `[tokens, width]`; the prompt's own outputs are cut off again, so shapes stay the
+    input's.
 
-    P starts at embeddings of real tokens drawn at random (better than noise: Lester et al., 2104.08691), so step 0 is
-    not the base model. Works with masks on either side, with `generate` (inserted while the cache is empty) and with
-    labels (padded by -100). With `keep=True` the prompt's outputs stay, as PEFT has it for classifiers that read
-    position 0. Trainable scalars: tokens x width.
+    P starts at embeddings of real tokens drawn at random (better than noise: Lester et al., 2104.08691), so
+    step 0 is not the base model. Works with masks on either side, with `generate` (inserted while the cache
+    is empty) and with labels (padded by -100). With `keep=True` the prompt's outputs stay, as PEFT has it for
+    classifiers that read position 0. Trainable scalars: tokens x width.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("model",)
@@ -36,11 +37,12 @@ class SoftPrompt(Delta):
         return self.tokens
 
     def tensors(self, site: Site) -> dict[str, P]:
-        if not hasattr(site.module, "get_input_embeddings"):
+        root: Any = site.module
+        if not hasattr(root, "get_input_embeddings"):
             raise UserError(
                 f"{type(site.module).__name__} has no token embeddings, so it takes no soft prompt."
             )
-        table = site.module.get_input_embeddings().weight
+        table = root.get_input_embeddings().weight
         rows = torch.randint(len(table), (self.tokens,))
         return {"P": P(table.detach()[rows.to(table.device)].float(), "prompt", 0)}
 
@@ -50,7 +52,7 @@ class SoftPrompt(Delta):
         cache = kwargs.get("past_key_values")
         filled = cache is not None and cache.get_seq_length() > 0
         ids, embeds, mask = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        given: Tensor = embeds if embeds is not None else ids
+        given: Any = embeds if embeds is not None else ids
         if mask is None and not filled:
             mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         if mask is not None:
@@ -73,7 +75,7 @@ class SoftPrompt(Delta):
         return call(*args, **kwargs) if self.keep else self._cut(call(*args, **kwargs), length)
 
     def _shift_positions(self, root: Any, kwargs: dict[str, Any], filled: bool) -> None:
-        """Positions that the caller counts go on behind the prompt's; RoBERTa's, counted from the ids, from the mask."""
+        """Positions that the caller gives go on behind the prompt's; RoBERTa's are counted from the mask."""
         given = kwargs.get("position_ids")
         embeddings = getattr(getattr(root, "base_model", root), "embeddings", None)
         padding = getattr(embeddings, "padding_idx", None)

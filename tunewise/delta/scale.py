@@ -15,7 +15,8 @@ __all__ = ["Scale"]
 
 
 class Scale(Delta):
-    """y' = (1 + g) * y, element-wise over the outputs of a linear layer (bias included), g `[out]` starting at 0.
+    """y' = (1 + g) * y, element-wise over the outputs of a linear layer (bias included), g `[out]` starting
+    at 0.
 
     Mergeable: W' = diag(1 + g) W, b' = (1 + g) b. Trainable scalars: out per site.
     Source: SSF (scale of features), arXiv 2210.08823, without its shift, which bias tuning is.

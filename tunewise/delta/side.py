@@ -18,12 +18,14 @@ __all__ = ["Ladder"]
 
 
 class Ladder(Delta):
-    """y' = y + Up(s_L), s_i = s + W2_i gelu(W1_i norm(s)), s = mu_i s_{i-1} + (1 - mu_i) D_i h_i, mu_i = sigmoid(a_i / T).
+    """y' = y + Up(s_L), s_i = s + W2_i gelu(W1_i norm(s)), s = mu_i s_{i-1} + (1 - mu_i) D_i h_i, mu_i =
+    sigmoid(a_i / T).
 
-    h_i `[batch, length, width]` are detached block outputs, D_i `[width / reduction, width]`, a_i start at 0 (mu = 0.5),
-    T = 0.1. The backbone gets no backward pass below the last block. Simpler than Ladder Side-Tuning
-    (arXiv 2206.06522): the side blocks are feed-forward without attention and start at random instead of from pruned
-    backbone weights; Up starts at 0 and is added to the last block's output, so step 0 is the base model.
+    h_i `[batch, length, width]` are detached block outputs, D_i `[width / reduction, width]`, a_i start at 0
+    (mu = 0.5), T = 0.1. The backbone gets no backward pass below the last block. Simpler than Ladder
+    Side-Tuning (arXiv 2206.06522): the side blocks are feed-forward without attention and start at random
+    instead of from pruned backbone weights; Up starts at 0 and is added to the last block's output, so step 0
+    is the base model.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("block",)

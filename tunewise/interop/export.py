@@ -29,9 +29,14 @@ RANK = 16
 
 
 def export(
-    handle: Handle, to: str, directory: str | Path, tokenizer: Any = None, *, rank: int | None = None,
+    handle: Handle,
+    to: str,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    rank: int | None = None,
     base_name: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Writes the adaptation as `to` and gives the facts that `export.json` keeps beside it.
 
     "peft"  a PEFT checkpoint of exactly this LoRA (or soft prompt)
@@ -89,8 +94,16 @@ def _hugging_face(handle: Handle, folder: Path) -> dict[str, Any]:
                 f"A plain Hugging Face folder has no place for {type(part).__name__}, which reads answers "
                 f"outside the model; keep the run, or {_instead(handle)}."
             )
-    with _merged(handle):
-        model.save_pretrained(folder)
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with _merged(handle):
+            model.save_pretrained(folder)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return {"class": type(model).__name__, "relative_error": 0.0}
 
 
@@ -214,9 +227,13 @@ def _put(changes: Changes, site: Site, change: Tensor) -> None:
 
 
 def _existing(
-    handle: Handle, key: str, sites: dict[str, Site], names: dict[int, str], changes: Changes,
+    handle: Handle,
+    key: str,
+    sites: dict[str, Site],
+    names: dict[int, str],
+    changes: Changes,
     trained: dict[str, Tensor],
-) -> None:  # fmt: skip
+) -> None:
     """A trained matrix becomes LoRA at every place that holds it; heads and vectors are kept whole."""
     e = handle.existing[key]
     for module, parameter in e.places:

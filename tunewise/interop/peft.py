@@ -129,10 +129,15 @@ def _write_prompt(handle: Handle, directory: str | Path, base_name: str | None) 
     prompt: Tensor = handle.sites[0][2].get_parameter("P")
     tokens, width = prompt.shape
     config = {
-        "peft_type": "PROMPT_TUNING", **facts, "num_virtual_tokens": tokens, "token_dim": width,
-        "num_transformer_submodules": 1, "num_layers": model.config.num_hidden_layers,
-        "num_attention_heads": model.config.num_attention_heads, "prompt_tuning_init": "RANDOM",
-    }  # fmt: skip
+        "peft_type": "PROMPT_TUNING",
+        **facts,
+        "num_virtual_tokens": tokens,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_layers": model.config.num_hidden_layers,
+        "num_attention_heads": model.config.num_attention_heads,
+        "prompt_tuning_init": "RANDOM",
+    }
     return write_files(directory, config, {"prompt_embeddings": prompt})
 
 

@@ -17,22 +17,61 @@ from tunewise.core.checkpoint import write_json
 from tunewise.core.errors import UserError
 
 __all__ = [
-    "CONFIG", "PREFIX", "WEIGHTS", "Factor", "base_facts", "check_options", "parameters", "pattern_value",
-    "read_files", "split_trained", "target_modules", "write_files", "write_lora",
-]  # fmt: skip
+    "CONFIG",
+    "PREFIX",
+    "WEIGHTS",
+    "Factor",
+    "base_facts",
+    "check_options",
+    "parameters",
+    "pattern_value",
+    "read_files",
+    "split_trained",
+    "target_modules",
+    "write_files",
+    "write_lora",
+]
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 # Where the checkpoint is from, how training started, and what the tensors themselves tell.
 _FREE = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "num_attention_heads",
-    "num_layers", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version",
-    "prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "token_dim", "tokenizer_kwargs",
-    "tokenizer_name_or_path", "use_rslora",
-}  # fmt: skip
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "num_attention_heads",
+    "num_layers",
+    "num_transformer_submodules",
+    "num_virtual_tokens",
+    "peft_type",
+    "peft_version",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "token_dim",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+    "use_rslora",
+}
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -185,9 +224,15 @@ def write_files(directory: str | Path, config: dict[str, Any], tensors: dict[str
 
 
 def write_lora(
-    model: nn.Module, factors: dict[str, Factor], trained: dict[str, Tensor], directory: str | Path, *,
-    dropout: float = 0.0, rslora: bool = False, base_name: str | None = None,
-) -> Path:  # fmt: skip
+    model: nn.Module,
+    factors: dict[str, Factor],
+    trained: dict[str, Tensor],
+    directory: str | Path,
+    *,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    base_name: str | None = None,
+) -> Path:
     """A LoRA checkpoint of `factors` by module name and of the parameters `trained` by name."""
     if not factors:
         raise UserError("A PEFT checkpoint needs LoRA at one module at least; export to hf instead.")
@@ -216,12 +261,17 @@ def _config(
     alphas = {name: _number(factor.alpha) for name, factor in factors.items()}
     rank, alpha = (max(set(v := list(d.values())), key=v.count) for d in (ranks, alphas))
     return {
-        "peft_type": "LORA", **base_facts(model, base_name, modules), "r": rank, "lora_alpha": alpha,
+        "peft_type": "LORA",
+        **base_facts(model, base_name, modules),
+        "r": rank,
+        "lora_alpha": alpha,
         "rank_pattern": {f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
-        "target_modules": target_modules(model, factors), "modules_to_save": modules or None,
-        "fan_in_fan_out": any(f.transposed for f in factors.values()), "init_lora_weights": True,
-    }  # fmt: skip
+        "target_modules": target_modules(model, factors),
+        "modules_to_save": modules or None,
+        "fan_in_fan_out": any(f.transposed for f in factors.values()),
+        "init_lora_weights": True,
+    }
 
 
 def _number(value: float) -> float | int:
@@ -241,6 +291,7 @@ def base_facts(model: nn.Module, base_name: str | None, modules: list[str]) -> d
             task = "SEQ_CLS"
     return {
         "base_model_name_or_path": base_name or getattr(own, "_name_or_path", None) or None,
-        "task_type": task, "inference_mode": True,
+        "task_type": task,
+        "inference_mode": True,
         "auto_mapping": None if task else mapping,
-    }  # fmt: skip
+    }

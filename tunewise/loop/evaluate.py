@@ -16,7 +16,9 @@ __all__ = ["evaluate", "predict_rows"]
 def predict_rows(
     run: Run, examples: Sequence[dict[str, Any]], tick: Any = None
 ) -> tuple[list[Any], dict[str, float]]:
-    """(predictions in the order of `examples`, {"loss": mean over supervised units}); batches hold like lengths."""
+    """(predictions in the order of `examples`, {"loss": mean over supervised units}); batches hold like
+    lengths.
+    """
     size = getattr(run.settings, "eval_batch_size", 64)
     mode = run.model.training
     run.model.eval()

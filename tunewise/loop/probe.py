@@ -17,11 +17,12 @@ __all__ = ["FitHead"]
 
 
 class FitHead(Part):
-    """Logistic regression (ridge for numbers) on pooled features h_i of the frozen backbone, one pass over the rows.
+    """Logistic regression (ridge for numbers) on pooled features h_i of the frozen backbone, one pass over
+    the rows.
 
-    Features are standardised with the training rows' mean and deviation, which are folded into W and b afterwards.
-    C is the candidate with the best validation metric (without validation rows: 1). Convex, so no seed and no learning
-    rate matter. Raises `UserError` when anything but a PooledHead is to be trained.
+    Features are standardised with the training rows' mean and deviation, which are folded into W and b
+    afterwards. C is the candidate with the best validation metric (without validation rows: 1). Convex, so no
+    seed and no learning rate matter. Raises `UserError` when anything but a PooledHead is to be trained.
     """
 
     slot: ClassVar[str] = "loop"
@@ -31,8 +32,12 @@ class FitHead(Part):
         """Fits the head and puts W and b in place."""
         heads = [(t.part, t) for _, _, t in run.handle.sites if isinstance(t.part, PooledHead)]
         if len(heads) != 1 or run.recipe["delta"]:
-            raise UserError("FitHead solves a PooledHead on a frozen backbone: it takes no delta and no other head.")
+            raise UserError(
+                "FitHead solves a PooledHead on a frozen backbone: it takes no delta and no other head."
+            )
         head, t = heads[0]
+        weights: Any = t.weight
+        biases: Any = t.bias
         x, y = self._features(run, head, "train")
         valid = self._features(run, head, "valid") if "valid" in run.streams.data else None
         mean, deviation = x.mean(0), x.std(0) + 1e-6
@@ -48,8 +53,8 @@ class FitHead(Part):
         weight = weight / deviation
         run.metrics["C"] = best[1]
         with torch.no_grad():
-            t.weight.copy_(torch.from_numpy(weight))
-            t.bias.copy_(torch.from_numpy(bias - weight @ mean))
+            weights.copy_(torch.from_numpy(weight))
+            biases.copy_(torch.from_numpy(bias - weight @ mean))
         run.fire("finish")
 
     def _fit(self, run: Run, x: np.ndarray, y: np.ndarray, c: float) -> Any:

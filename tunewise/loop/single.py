@@ -19,10 +19,11 @@ __all__ = ["Single"]
 
 
 class Single(Part):
-    """for each step: rows -> micro-batches -> sum of losses / units of the step -> gradients -> optimizer -> events.
+    """for each step: rows -> micro-batches -> sum of losses / units of the step -> gradients -> optimizer ->
+    events.
 
-    Resumes from the newest checkpoint in the run's directory, bit-equal to a run that was never stopped. A loss that is
-    not finite ends the run with `RunError`; the last good state stays on disk.
+    Resumes from the newest checkpoint in the run's directory, bit-equal to a run that was never stopped. A
+    loss that is not finite ends the run with `RunError`; the last good state stays on disk.
     """
 
     slot: ClassVar[str] = "loop"

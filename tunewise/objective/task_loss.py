@@ -13,10 +13,11 @@ __all__ = ["TaskLoss"]
 
 
 class TaskLoss(Part):
-    """L = sum_i l_i / units: per-row losses l_i over the supervised units (rows, answer tokens) of the whole step.
+    """L = sum_i l_i / units: per-row losses l_i over the supervised units (rows, answer tokens) of the whole
+    step.
 
-    Dividing by the units of the step, not of the micro-batch, makes accumulation exact. The per-row losses of the
-    whole step are kept in `run.sample_losses` by sample id.
+    Dividing by the units of the step, not of the micro-batch, makes accumulation exact. The per-row losses of
+    the whole step are kept in `run.sample_losses` by sample id.
     """
 
     slot: ClassVar[str] = "objective"

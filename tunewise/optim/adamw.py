@@ -16,11 +16,12 @@ __all__ = ["AdamW"]
 
 
 class AdamW(Part):
-    """theta <- theta - lr (m / (sqrt(v) + eps) + decay theta), with gradients clipped to norm `clip` (0: not).
+    """theta <- theta - lr (m / (sqrt(v) + eps) + decay theta), with gradients clipped to norm `clip` (0:
+    not).
 
-    Per tag: `rates` multiplies lr, `decays` replaces decay (biases, scales and gates have none), `ascend` names tags that
-    go up instead of down. Raises `RunError` when the loss or the gradient norm is not finite, before the step.
-    Source: arXiv 1711.05101.
+    Per tag: `rates` multiplies lr, `decays` replaces decay (biases, scales and gates have none), `ascend`
+    names tags that go up instead of down. Raises `RunError` when the loss or the gradient norm is not finite,
+    before the step. Source: arXiv 1711.05101.
     """
 
     slot: ClassVar[str] = "optimizer"
@@ -44,13 +45,18 @@ class AdamW(Part):
         run.tensors.optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": params, "tag": tag, "lr": lr * self.rates.get(tag, 1.0), "base_lr": lr * self.rates.get(tag, 1.0),
-                    "weight_decay": self.decays.get(tag, self.decay), "maximize": tag in self.ascend,
+                    "params": params,
+                    "tag": tag,
+                    "lr": lr * self.rates.get(tag, 1.0),
+                    "base_lr": lr * self.rates.get(tag, 1.0),
+                    "weight_decay": self.decays.get(tag, self.decay),
+                    "maximize": tag in self.ascend,
                 }
                 for tag, params in groups.items()
             ],
-            betas=self.betas, eps=self.eps,
-        )  # fmt: skip
+            betas=self.betas,
+            eps=self.eps,
+        )
 
     def step(self, run: Run, micro: Sequence[Any], factor: float, backward: Any) -> float:
         """One optimizer step over micro-batches; gives the step's loss. `factor` is the schedule's."""
@@ -100,6 +106,8 @@ class AdamW(Part):
                     group["params"] = [p for p in group["params"] if p is not info.tensor]
             if name in state:
                 optimizer.state[info.tensor] = {
-                    k: v.to(info.tensor.device if k != "step" else "cpu", copy=True) if torch.is_tensor(v) else v
+                    k: v.to(info.tensor.device if k != "step" else "cpu", copy=True)
+                    if torch.is_tensor(v)
+                    else v
                     for k, v in state[name].items()
                 }

@@ -100,11 +100,23 @@ def _svg(chart: Any, title: str) -> str:
 
     styled = chart.properties(width=WIDTH, height=HEIGHT, background="transparent").configure(
         font="system-ui, sans-serif",
-        axis={"labelColor": INK, "titleColor": INK, "gridColor": INK, "gridOpacity": 0.12, "domainColor": INK,
-              "tickColor": INK, "domainOpacity": 0.5, "tickOpacity": 0.5, "labelFontSize": 12,
-              "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10, "labelOverlap": True},
+        axis={
+            "labelColor": INK,
+            "titleColor": INK,
+            "gridColor": INK,
+            "gridOpacity": 0.12,
+            "domainColor": INK,
+            "tickColor": INK,
+            "domainOpacity": 0.5,
+            "tickOpacity": 0.5,
+            "labelFontSize": 12,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+            "titlePadding": 10,
+            "labelOverlap": True,
+        },
         view={"stroke": None},
-    )  # fmt: skip
+    )
     svg: str = vl_convert.vegalite_to_svg(styled.to_dict())
     head = re.search(r'<svg[^>]*?width="([\d.]+)"[^>]*?height="([\d.]+)"[^>]*>', svg)
     assert head is not None

@@ -179,11 +179,16 @@ def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str, names: list[s
             charts.append({"title": title, "caption": f"{axis}, {caption}", "svg": svg})
     for key, words in (("trainable", "trainable parameters"), ("seconds", "seconds")):
         dots = [
-            {"name": str(r["method"]), "x": r[key], "y": r[metric],
-             "low": r.get(f"{metric}_low"), "high": r.get(f"{metric}_high")}
+            {
+                "name": str(r["method"]),
+                "x": r[key],
+                "y": r[metric],
+                "low": r.get(f"{metric}_low"),
+                "high": r.get(f"{metric}_high"),
+            }
             for r in rows
             if str(r["method"]) in names and _finite(r.get(key)) and r[key] > 0 and _finite(r.get(metric))
-        ]  # fmt: skip
+        ]
         if len(dots) > 2:
             svg = cost_chart(dots, words, metric, names)
             charts.append({"title": f"Quality and {words}", "caption": "up and left is better", "svg": svg})

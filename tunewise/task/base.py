@@ -208,11 +208,16 @@ class Task:
             "optional": list(self.columns.optional),
         }
         return {
-            "task": self.name, "columns": columns, "max_length": self.max_length,
-            "metric": None if self.custom else self.metric, "pad_side": self.pad_side,
-            "position_ids": self.position_ids, "position_limit": self.position_limit, "learnt": self.learnt(),
+            "task": self.name,
+            "columns": columns,
+            "max_length": self.max_length,
+            "metric": None if self.custom else self.metric,
+            "pad_side": self.pad_side,
+            "position_ids": self.position_ids,
+            "position_limit": self.position_limit,
+            "learnt": self.learnt(),
             "custom_metric": self.custom and getattr(self.custom, "__name__", "custom"),
-        }  # fmt: skip
+        }
 
     def learnt(self) -> dict[str, Any]:
         """What `fit` found, as attributes, and options of the subclass."""

@@ -18,7 +18,7 @@ METRIC = "accuracy"
 
 @dataclass(frozen=True)
 class Plan:
-    """One demo: a model, a data set, and settings per method (chosen on validation rows)."""
+    """One demo: a model, a data set, and settings per method."""
 
     model: str
     data: str
@@ -32,19 +32,19 @@ FULL = Plan(
     data="reviews",
     command="tunewise demo",
     methods={
-        "linear_probe": {"lr": 1e-2, "epochs": 3},
+        "linear_probe": {},
         "bias_scale": {"lr": 5e-3, "epochs": 2},
         "lora": {"lr": 1e-3, "epochs": 2},
         "full": {"lr": 1e-4, "epochs": 2},
     },
-    common={"batch_size": 32, "max_length": 64},
+    common={"batch_size": 32, "max_length": 64, "options": {"evaluations": 2}},
 )
 QUICK = Plan(
     model="tiny-roberta",
     data="peptides",
     command="tunewise demo --quick",
     methods={
-        "linear_probe": {"lr": 1e-2},
+        "linear_probe": {},
         "bias_scale": {"lr": 5e-3},
         "lora": {"lr": 2e-3},
         "full": {"lr": 5e-4},

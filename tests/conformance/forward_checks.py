@@ -160,6 +160,9 @@ def check_bfloat16(case: Case) -> None:
     for name, info in handle.tensors().items():
         assert info.tensor.grad is not None, f"{name} got no gradient in bfloat16"
         assert torch.isfinite(info.tensor.grad).all(), f"{name} got a gradient that is not finite in bfloat16"
+    handle.detach()
+    left = [n for n, p in model.named_parameters() if p.dtype != torch.bfloat16]
+    assert not left, f"detach left the bfloat16 model in two precisions: {left[:3]}"
 
 
 def _padding_gaps(case: Case, adapted: bool) -> dict[str, float]:

@@ -113,7 +113,8 @@ class Graphs:
 def test_compiled_equals_eager_and_adaptations_switch() -> None:
     torch._dynamo.reset()
     model, graphs = tiny("llama"), Graphs()
-    a, b = moved(model, "lora(rank=2)"), moved(model, "series_adapter", "other", seed=2)
+    a = moved(model, "lora(rank=2, sites='query')")
+    b = moved(model, "series_adapter(sites='mlp')", "other", seed=2)
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     counts = []
     for handle in (a, b, a, b):
@@ -122,9 +123,6 @@ def test_compiled_equals_eager_and_adaptations_switch() -> None:
         torch.testing.assert_close(logits(compiled), wanted, rtol=1e-5, atol=1e-6)
         counts.append(graphs.count)
     assert counts == [1, 2, 2, 2]  # one graph per set of adaptations; coming back costs nothing
-    a.deactivate(), b.deactivate()
-    assert not torch.equal(logits(model), wanted)
-    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
 
 
@@ -133,7 +131,7 @@ def test_a_compiled_model_trains_in_ones_own_loop() -> None:
     found = []
     for compiled in (False, True):
         model, graphs = tiny("llama"), Graphs()
-        handle = moved(model, "lora(rank=2)")
+        handle = moved(model, "lora(rank=2, sites='query')")
         optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
         run = handle.watch(optimizer)
         called = torch.compile(model, backend=graphs) if compiled else model

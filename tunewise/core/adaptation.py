@@ -124,8 +124,14 @@ class Adaptation:
         self._training = {n: p.requires_grad for n, p in self.model.named_parameters() if PREFIX not in n}
         for other in siblings:
             other.deactivate()
-        for key, part in self.deltas:
-            self._build_part(key, part, everything)
+        try:
+            for key, part in self.deltas:
+                self._build_part(key, part, everything)
+        except BaseException:
+            self._take_away()
+            for other in siblings:
+                other.activate(only=False)
+            raise
         handles(self.model)[self.name] = self
         self._freeze()
         self.activate()
@@ -235,7 +241,9 @@ class Adaptation:
 
     def _swap(self, on: bool) -> None:
         for name, e in self.existing.items():
-            new = e.ours if on else e.original
+            new, old = (e.ours, e.original) if on else (e.original, e.ours)
+            if (new.dtype, new.device) != (old.dtype, old.device):  # the model was cast or moved meanwhile
+                new.data = new.data.to(old.device, old.dtype)
             if on and self.undo and any(getattr(m, n) is not e.original for m, n in e.places):
                 raise UserError(
                     f"{name} is already trained by another active adaptation; switch that off first."
@@ -328,6 +336,12 @@ class Adaptation:
             change = change.to(weight.device, weight.dtype)
             mine.add_(change) if site.rows is None else mine.index_add_(-2, site.rows, change)
 
+    def _take_away(self) -> None:
+        mine = {*self.owned.values(), *(t for _, _, t in self.sites)}
+        for module in list(self.model.modules()):
+            for child in [n for n, m in module._modules.items() if m in mine]:
+                del module._modules[child]
+
     def detach(self) -> None:
         """Takes everything away; the base is bit-equal to what it was. Raises `UserError` where it no longer
         can be.
@@ -342,9 +356,7 @@ class Adaptation:
         with torch.no_grad():
             for weight, original in self.committed.values():
                 weight.copy_(original)
-        for module in self.model.modules():
-            for child in [n for n in module._modules if n.startswith(f"{PREFIX}{self.name}_")]:
-                del module._modules[child]
+        self._take_away()
         del handles(self.model)[self.name]
         rebuild(self.model)
         for name, p in self.model.named_parameters():

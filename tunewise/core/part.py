@@ -89,10 +89,9 @@ class Part:
         super().__init_subclass__(**options)
         for name, kind in cls.__dict__.get("__annotations__", {}).items():
             default = cls.__dict__.get(name)
-            if isinstance(default, (list, dict)) and "ClassVar" not in str(
-                kind
-            ):  # every instance has its own
-                setattr(cls, name, dataclasses.field(default_factory=partial(copy.copy, default)))
+            mutable = isinstance(default, (list, dict, Part)) and "ClassVar" not in str(kind)
+            if mutable:  # every instance has its own
+                setattr(cls, name, dataclasses.field(default_factory=partial(copy.deepcopy, default)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
         pydantic_dataclasses.dataclass(config=config)(cls)
         inner = cls.__init__

@@ -74,7 +74,7 @@ def rebuild(model: nn.Module) -> None:
             elif set(given) & {"input", "weight", "output"}:
                 by_module[place].append(t)
                 if site.entry is not None and site.entry is not place:
-                    t.buffer = TapBuffer([site.name])
+                    t.buffer = t.buffer or TapBuffer([site.name])
                     taps[site.entry].append((t.buffer, site.name, True))
     plain = any(h.plain for h in active)
     alive = {t for h in handles(model).values() for _, _, t in h.sites}

@@ -66,6 +66,7 @@ class Run:
         self._stores: dict[str, Store] = {}
         self._references: dict[str, Reference] = {}
         self._generators: dict[str, torch.Generator] = {}
+        handle.run = self
         for _, part in handle.recipe.parts():
             for name in part.streams:
                 if data is not None and name not in data and name not in ("calibration", "meta", "replay"):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from tunewise.core.delta import Delta, P, SiteDelta
+from tunewise.core.delta import Delta, P
 from tunewise.core.site import Site
 
-from .kernels import low_rank_linear
+from .kernels import drop, low_rank_linear
 
 __all__ = ["LoRA"]
 
@@ -22,8 +22,9 @@ class LoRA(Delta):
     """W' = W + s B A, with A `[rank, in]`, B `[out, rank]`, s = alpha / rank (or alpha / sqrt(rank)).
 
     A starts uniform in (-1/sqrt(in), 1/sqrt(in)), B at 0, so that W' = W at step 0. With dropout the low-rank
-    path sees drop(x), the base x. On 3-D experts A and B have one more, leading dimension. Trainable scalars:
-    rank (in + out) per site. Source: LoRA, arXiv 2106.09685; sqrt scaling: rsLoRA, arXiv 2312.03732.
+    path sees drop(x), the base x; embeddings have none. On 3-D experts A and B have one more, leading
+    dimension. Trainable scalars: rank (in + out) per site. Source: LoRA, arXiv 2106.09685; sqrt scaling:
+    rsLoRA, arXiv 2312.03732.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "embedding")
@@ -53,18 +54,15 @@ class LoRA(Delta):
     def output(self, t: Any, x: Tensor, y: Tensor) -> Tensor:
         if t.kind == "embedding":
             return y + self.s * F.linear(F.embedding(x, t.A.T), t.B)
-        h = F.dropout(x, self.dropout, t.training) if self.dropout else x
-        return y + self.s * F.linear(F.linear(h.to(t.A.dtype), t.A), t.B)
+        h = drop(x, self.dropout, t.training).to(t.A.dtype)
+        return y + self.s * F.linear(F.linear(h, t.A), t.B)
 
     def product(self, t: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         trained = W.requires_grad or (b is not None and b.requires_grad)
         if trained or torch.compiler.is_compiling():  # the fused function gives W and b no gradient
             y = F.linear(x, W, b)
             return self.output(t.cast(y.dtype), x, y)
-        return low_rank_linear(x, W, b, t.A, t.B, self.s)
-
-    def fusable(self, t: SiteDelta) -> bool:
-        return self.dropout == 0.0
+        return low_rank_linear(x, W, b, t.A, t.B, self.s, self.dropout if t.training else 0.0)
 
     def components(self, t: Any) -> tuple[Tensor, Tensor]:
         """(s B, A): their product is W' - W."""

@@ -148,3 +148,14 @@ def test_base_weights_trained_beside_a_fused_delta_get_their_gradient(which: str
     for name, value in found[1].items():
         assert value is not None and found[0][name] is not None, name
         torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_is_drawn_alike_in_both_forms() -> None:
+    found = []
+    for plain in (False, True):
+        model = tiny("llama").train()
+        handle = moved(attach(model, "lora(rank=2, dropout=0.5)", seed=1, plain=plain))
+        torch.manual_seed(5)
+        found.append(gradients(model, handle))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-6)

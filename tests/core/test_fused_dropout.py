@@ -23,7 +23,11 @@ def test_value_and_gradients_equal_the_eager_twin_at_the_same_seed(tokens: int) 
     for fused in (True, False):
         xs = [v.clone().requires_grad_() for v in (x, A, B)]
         torch.manual_seed(7)
-        y = kernels.low_rank_linear(xs[0], W, None, xs[1], xs[2], 0.7, P) if fused else eager(xs[0], W, *xs[1:])
+        y = (
+            kernels.low_rank_linear(xs[0], W, None, xs[1], xs[2], 0.7, P)
+            if fused
+            else eager(xs[0], W, *xs[1:])
+        )
         results.append([y.detach(), *torch.autograd.grad((y * weight).sum(), xs)])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

@@ -53,7 +53,9 @@ class Lifecycle:
     def unfired(self) -> str | None:
         """A sentence naming a part whose step events never came, or None."""
         for event in ("before_step", "gradients", "after_step"):
-            waiting = [p for p in self.order[event] if p.slot != "optimizer"]  # that one may be the user's own
+            waiting = [
+                p for p in self.order[event] if p.slot != "optimizer"
+            ]  # that one may be the user's own
             if waiting and not self.fired[event]:
                 names = ", ".join(type(p).__name__ for p in waiting)
                 return (

@@ -100,4 +100,4 @@ def _hide_from_saving(model: nn.Module) -> None:
     ignored: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()
     own = {k for k in ignored if ".tw_" not in f".{k}"}
     if hasattr(model, "save_pretrained") and (hidden or len(own) < len(ignored)):
-        model._keys_to_ignore_on_save = own | set(hidden)
+        model.__dict__["_keys_to_ignore_on_save"] = own | set(hidden)

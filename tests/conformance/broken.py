@@ -13,9 +13,9 @@ from tunewise.core.delta import Delta, P
 from tunewise.core.forward import is_quantized
 from tunewise.core.part import Part
 from tunewise.core.run import Run
-from tunewise.core.site import Site
 from tunewise.loop.single import Single
 from tunewise.objective.task_loss import TaskLoss
+from tunewise.sites import Site
 
 __all__ = ["BROKEN", "Sound"]
 

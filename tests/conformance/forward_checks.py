@@ -11,9 +11,7 @@ from torch import Tensor
 from tunewise.core.adaptation import handles
 from tunewise.core.delta import Delta, forms
 from tunewise.core.handle import Handle
-from tunewise.core.probe import count_calls
-from tunewise.core.site import Site, find_sites
-from tunewise.core.widths import with_widths
+from tunewise.sites import Site, count_calls, find_sites, with_widths
 
 from .support import Case, close, gap, outputs, real_tokens
 
@@ -91,7 +89,7 @@ def check_count(case: Case) -> None:
     )
 
 
-EQUATIONS = (("input",), ("weight", "output", "product"), ("around",), ("read",), ("keys",))
+EQUATIONS = (("input",), ("weight", "output", "product"), ("around",), ("read",), ("switch",))
 
 
 def check_calls(case: Case) -> None:
@@ -113,13 +111,13 @@ def check_calls(case: Case) -> None:
 
 def _places(handle: Handle) -> list[Any]:
     """Where each delta acts, under a name of its own, as sites that can be counted."""
-    from tunewise.core.attention import attending_module
+    from tunewise.delta.attention import attending_module
 
     found = []
     for i, (_, site, t) in enumerate(handle.sites):
         module = site.exit if site.exit is not None else site.module
-        if "keys" in forms(t.part):
-            module = attending_module(site)
+        if "switch" in forms(t.part):
+            module = attending_module(site.module, site.name)
         found.append(Site(name=f"{i}", kind="block", role="block", module=module))
     return found
 

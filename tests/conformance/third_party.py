@@ -11,7 +11,7 @@ from torch import Tensor
 from tunewise.core.delta import Delta, P
 from tunewise.core.method import method
 from tunewise.core.recipe import Recipe
-from tunewise.core.site import Site
+from tunewise.sites import Site
 
 
 class OuterScale(Delta):

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from tests.models import tiny, tiny_batch
 from tunewise.core.handle import attach
-from tunewise.core.select import select
 from tunewise.core.signals import Signals
-from tunewise.core.site import Site, find_sites
+from tunewise.sites import Site, find_sites, select
 
 
 def hooks(model: nn.Module) -> int:

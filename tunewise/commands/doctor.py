@@ -135,7 +135,7 @@ def _model(name: str) -> Finding:
     import torch
 
     from tunewise.backbone import load
-    from tunewise.core.site import find_sites
+    from tunewise.sites import find_sites
 
     start = time.perf_counter()
     model, tokenizer = load(name)

@@ -5,74 +5,32 @@ them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, SiteDelta, TapBuffer, device_of, forms, keeps_in_out
+from tunewise.sites import Site, find_sites
+
+from .build import PREFIX, Existing, Info, build_part, refuse_wrapped, root_site
+from .delta import Delta, SiteDelta, keeps_in_out
 from .errors import UserError
 from .forward import is_quantized
 from .plans import rebuild
 from .recipe import Recipe
-from .select import select
-from .site import Site, find_sites
-from .widths import with_widths
 
 __all__ = ["Adaptation", "Existing", "Info", "handles", "root_site"]
 
-PREFIX = "tw_"
 WORDS = re.compile(
     "(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])"
 )  # LoRA is one word, SoftPrompt are two
-TAPPED = ("block", "embedding", "norm", "linear")
-
-
-@dataclass(frozen=True)
-class Info:
-    """One trainable tensor of an adaptation and what it is."""
-
-    tensor: nn.Parameter
-    tag: str
-    axis: int | None
-    owner: str
-    site: str
-    part: Delta
-
-
-@dataclass
-class Existing:
-    """A parameter of the backbone that this adaptation trains: the places that hold it, the original, ours."""
-
-    places: list[tuple[nn.Module, str]]
-    original: nn.Parameter
-    ours: nn.Parameter
-    tag: str
-    owner: str
-    part: Delta
-
-
-def root_site(model: nn.Module) -> Site:
-    """The whole model as a site, for prompts and heads."""
-    return Site(name="", kind="model", role="model", module=model)
 
 
 def handles(model: nn.Module) -> dict[str, Any]:
     """The adaptations attached to this model, by name."""
     return model.__dict__.setdefault("tw_adaptations", {})  # type: ignore[no-any-return]
-
-
-def _refuse_wrapped(model: nn.Module, sites: Sequence[Site]) -> None:
-    wrapper = type(model).__name__
-    if wrapper in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
-        raise UserError(f"The model is wrapped in {wrapper}: attach to the plain model first, then wrap it.")
-    for site in sites:
-        for name, p in site.module.named_parameters(recurse=False):
-            if type(p.data).__name__ == "DTensor" or type(p).__name__ == "DTensor":
-                raise UserError(f"{site.name}.{name} is already sharded: attach first, then shard.")
 
 
 class Adaptation:
@@ -101,7 +59,6 @@ class Adaptation:
         self.built = False
         self.merged: dict[str, Tensor] | None = None
         self._training: dict[str, bool] = {}
-        self.attention: str | None = None
 
     @property
     def deltas(self) -> list[tuple[str, Delta]]:
@@ -119,14 +76,14 @@ class Adaptation:
         `attached`.
         """
         everything = find_sites(self.model)
-        _refuse_wrapped(self.model, everything)
+        refuse_wrapped(self.model, everything)
         siblings = [h for h in handles(self.model).values() if h.active]
         self._training = {n: p.requires_grad for n, p in self.model.named_parameters() if PREFIX not in n}
         for other in siblings:
             other.deactivate()
         try:
             for key, part in self.deltas:
-                self._build_part(key, part, everything)
+                build_part(self, key, part, everything)
         except BaseException:
             self._take_away()
             for other in siblings:
@@ -138,80 +95,6 @@ class Adaptation:
         for _, part in self.deltas if start else ():
             part.attached(self)
         self.built = True
-
-    def _build_part(self, key: str, part: Delta, everything: list[Site]) -> None:
-        if "model" in part.kinds:
-            chosen = [root_site(self.model)]
-        else:
-            chosen = with_widths(
-                select(everything, getattr(part, "sites", "all"), kinds=part.kinds), everything
-            )
-        if set(forms(part)) & {"weight", "product", "output", "input"}:
-            self._check_quantized(part, chosen)
-        shared = part.shared(chosen)
-        owner = SiteDelta(part, root_site(self.model), shared, self.dtype) if shared else None
-        if owner is not None:
-            self.model.add_module(f"{PREFIX}{self.name}_{key}_shared", owner.train(self.model.training))
-            self.owned[key] = owner
-        taps = with_widths(select(everything, part.taps, kinds=TAPPED), everything) if part.taps else []
-        if taps and len(chosen) != 1:
-            raise UserError(
-                f"{type(part).__name__} writes one site; sites={getattr(part, 'sites', 'all')!r} selects {len(chosen)}."
-            )
-        for site in chosen if set(forms(part)) - {"existing"} or part.slot == "head" else ():
-            tensors = part.side_tensors(site, taps) if taps else part.tensors(site)
-            t = SiteDelta(part, site, tensors, self.dtype)
-            t._shared = () if owner is None else (owner,)
-            t.buffer = TapBuffer([s.name for s in taps]) if taps else None
-            t.taps = [s.module for s in taps]
-            place = site.exit if site.exit is not None else site.module
-            suffix = f"_{site.parameter}" if site.parameter else ""
-            t.train(place.training)
-            place.add_module(f"{PREFIX}{self.name}_{key}{suffix}", t)
-            self.sites.append((key, site, t))
-        self._claim(key, part)
-
-    def _check_quantized(self, part: Delta, chosen: list[Site]) -> None:
-        bad = next((s for s in chosen if s.kind == "linear" and is_quantized(s.module)), None)
-        if bad is not None and "quantized" not in part.gives:
-            raise UserError(
-                f"{type(part).__name__} cannot be used on the quantized layer {bad.name}; "
-                "load the base model unquantized, or use lora."
-            )
-
-    def _claim(self, key: str, part: Delta) -> None:
-        names = part.existing(self.model)
-        params = {
-            n: p
-            for n, p in self.model.named_parameters(remove_duplicate=False)
-            if f".{PREFIX}" not in f".{n}"
-        }
-        holders: dict[int, list[str]] = {}
-        for name, p in params.items():
-            holders.setdefault(id(p), []).append(name)
-        taken = {id(e.original) for e in self.existing.values()}
-        for name, tag in names.items():
-            original = params[name]
-            if not original.is_floating_point():
-                raise UserError(
-                    f"{type(part).__name__} cannot train {name}: its values are {original.dtype} codes."
-                )
-            if original.is_meta and device_of(self.model).type != "meta":
-                raise UserError(
-                    f"{name} is offloaded and cannot be trained there: attach first, then offload."
-                )
-            if id(original) in taken:
-                continue
-            taken.add(id(original))
-            where = holders[id(original)]
-            places = [(self.model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in where]
-            if places[0][1] == "weight" and is_quantized(places[0][0]):
-                raise UserError(
-                    f"{type(part).__name__} cannot train {name}: it is quantized; "
-                    "load the base model unquantized, or use lora."
-                )
-            ours = nn.Parameter(original.detach().clone()) if self.undo else original
-            self.existing[name] = Existing(places, original, ours, tag, key, part)
 
     def _freeze(self) -> None:
         for name, p in self.model.named_parameters():

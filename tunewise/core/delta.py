@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tunewise.sites import Site
+
 from .errors import UserError
 from .part import Part
-from .site import Site
 
 __all__ = ["ORDER", "P", "Delta", "SiteDelta", "TapBuffer", "device_of", "forms", "keeps_in_out"]
 
 ORDER = ("mask", "multiply", "add", "prune", "quantize")
-FORMS = ("input", "weight", "output", "product", "around", "read", "keys", "existing")
+FORMS = ("input", "weight", "output", "product", "around", "read", "switch", "existing")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Delta(Part):
     - `product(t, x, W, b)`: a fused twin of `weight` that replaces the whole product; used when the delta is
       alone at its site and no part asks for the plain form.
     - `read(t, taps, y)`: a side network; `taps` are detached outputs of the sites in `taps`, y the output of
-      the site it writes. `keys(t)`: (K, V), each `[kv heads, length, head size]`, put before an attention's
-      own.
+      the site it writes. `switch(model, ts)`: told of every change of what is active (prefixes).
     - `around(t, call, args, kwargs)`: the whole call, for prompts; runs at the root when `kinds =
       ("model",)`.
     - `existing(model)`: names of the backbone's own parameters that are trained.
@@ -99,9 +99,9 @@ class Delta(Part):
         """y' = y."""
         return y
 
-    def keys(self, t: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values put before the attention's own."""
-        raise UserError(f"{type(self).__name__} gives no keys.")
+    @staticmethod
+    def switch(model: nn.Module, ts: list[SiteDelta]) -> None:
+        """Told of the active tensors whenever they change (none: switched off); acts on the model as a whole."""
 
     def existing(self, model: nn.Module) -> dict[str, str]:
         """Names of the backbone's own parameters that become trainable, with the tag of each."""

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunewise.sites import Site
+
 from .delta import SiteDelta, forms, keeps_in_out
 from .errors import UserError
 from .forward import changed_weight, is_quantized, read_weight
 from .part import Part
-from .site import Site
 
 if TYPE_CHECKING:
     from .adaptation import Adaptation
@@ -23,7 +24,7 @@ __all__ = ["effective", "materialize", "mergeable", "merged_tensors", "not_merge
 def mergeable(part: Part) -> bool:
     """Whether the delta's equations can be written into the base weights."""
     given = set(forms(part))
-    if given & {"around", "read", "keys"}:
+    if given & {"around", "read", "switch"}:
         return False
     return "weight" in given or not given & {"input", "output"} or bool(getattr(part, "linear", False))
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .attention import attending_module, set_prefixes
 from .delta import ORDER, SiteDelta, TapBuffer, forms
 from .forward import Plan, forward_of, install, uninstall
 
@@ -56,7 +55,6 @@ def rebuild(model: nn.Module) -> None:
     by_module: Entries = defaultdict(list)
     around: Entries = defaultdict(list)
     reads: Entries = defaultdict(list)
-    prefixes: Entries = defaultdict(list)
     taps: dict[nn.Module, list[tuple[TapBuffer, str, bool]]] = defaultdict(list)
     for adaptation in active:
         for _, site, t in adaptation.sites:
@@ -64,8 +62,6 @@ def rebuild(model: nn.Module) -> None:
             given = forms(t.part)
             if "around" in given:
                 around[place].append(t)
-            if "keys" in given:
-                prefixes[attending_module(site)].append(t)
             if "read" in given:
                 assert t.buffer is not None
                 reads[place].append(t)
@@ -90,7 +86,9 @@ def rebuild(model: nn.Module) -> None:
                 found.use(Plan(), alive)
             else:
                 uninstall(module)
-    set_prefixes(model, dict(prefixes))
+    switches = [(t.part.switch, t, h.active) for h in handles(model).values() for _, _, t in h.sites]
+    for switch in {s for s, t, _ in switches if "switch" in forms(t.part)}:
+        switch(model, [t for s, t, on in switches if s is switch and on])
     _hide_from_saving(model)
 
 

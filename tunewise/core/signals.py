@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .site import Site
+from tunewise.sites import Site
 
 __all__ = ["Signals"]
 

@@ -82,7 +82,8 @@ class Stream(Iterator[list[Example]]):
         if state["rows"] != len(self.examples) or state["size"] != self.size:
             raise UserError(
                 f"The stream {self.name} had {state['rows']} rows in batches of {state['size']} "
-                f"when the run was saved, now {len(self.examples)} in batches of {self.size}: resume with the same data and settings."
+                f"when the run was saved, now {len(self.examples)} in batches of {self.size}: "
+                "resume with the same data and settings."
             )
         self.epoch, self.index = state["epoch"], state["index"]
 

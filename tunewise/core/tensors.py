@@ -12,8 +12,9 @@ from .adaptation import Info
 from .errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from tunewise.sites import Site
+
     from .adaptation import Adaptation
-    from .site import Site
 
 __all__ = ["Tensors"]
 

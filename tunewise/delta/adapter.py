@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from tunewise.core.delta import Delta, P
-from tunewise.core.site import Site
+from tunewise.sites import Site
 
 __all__ = ["InputAdapter", "ParallelAdapter", "SeriesAdapter"]
 

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from tunewise.core.delta import Delta
-from tunewise.core.select import select
-from tunewise.core.site import KINDS, find_sites
+from tunewise.sites import KINDS, find_sites, select
 
 __all__ = ["ExistingWeights"]
 

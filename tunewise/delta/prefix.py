@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
-from tunewise.core.attention import attending_module, key_value_shape
-from tunewise.core.delta import Delta, P
+from tunewise.core.delta import Delta, P, SiteDelta
 from tunewise.core.errors import UserError
-from tunewise.core.site import Site
+from tunewise.sites import Site
+
+from .attention import attending_module, key_value_shape, set_prefixes
 
 __all__ = ["Prefix"]
 
@@ -34,18 +35,23 @@ class Prefix(Delta):
     sites: str | list[str] = "attention"
 
     def tensors(self, site: Site) -> dict[str, P]:
-        owner = attending_module(site)
+        owner = attending_module(site.module, site.name)
         if hasattr(owner, "has_relative_attention_bias"):
             raise UserError(
                 f"Prefix does not work at {site.name}: its relative position bias has no room for a prefix."
             )
-        heads, size = key_value_shape(site)
+        heads, size = key_value_shape(site.module, site.name)
         k = torch.randn(heads, self.tokens, size) * 0.02
         return {"K": P(k, "prompt", 1), "V": P(torch.zeros(heads, self.tokens, size), "prompt", 1)}
 
+    @staticmethod
+    def switch(model: nn.Module, ts: list[SiteDelta]) -> None:
+        set_prefixes(model, ts)
+
     def keys(self, t: Any) -> tuple[Tensor, Tensor]:
+        """(K, V) before the attention's own, each `[kv heads, tokens, head size]`."""
         return t.K, t.V
 
     def formula(self, site: Site, taps: Sequence[Site] = ()) -> int:
-        heads, size = key_value_shape(site)
+        heads, size = key_value_shape(site.module, site.name)
         return 2 * self.tokens * heads * size

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunewise.core.delta import Delta, P
 from tunewise.core.errors import UserError
-from tunewise.core.site import Site
+from tunewise.sites import Site
 
 __all__ = ["SoftPrompt"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunewise.core.delta import Delta, P
-from tunewise.core.site import Site
+from tunewise.sites import Site
 
 __all__ = ["Scale"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tunewise.core.delta import P
 from tunewise.core.errors import UserError
-from tunewise.core.site import Site
+from tunewise.sites import Site
 
 from .base import Head, hidden_size, label_names, sequence_mask
 

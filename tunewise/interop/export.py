@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tunewise.core.adaptation import handles
-from tunewise.core.algebra import to_lora, to_lora_from_components
 from tunewise.core.checkpoint import FORMAT, write_json
 from tunewise.core.delta import keeps_in_out
 from tunewise.core.errors import UserError, did_you_mean
 from tunewise.core.handle import Handle
 from tunewise.core.merge import not_mergeable
-from tunewise.core.site import Site, find_sites
+from tunewise.post.algebra import to_lora, to_lora_from_components
+from tunewise.sites import Site, find_sites
 
 from .peft import write_peft
 from .peft_files import Factor, parameters, write_lora

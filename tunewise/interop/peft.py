@@ -14,11 +14,11 @@ from tunewise.core.errors import UserError, did_you_mean
 from tunewise.core.handle import Handle, attach
 from tunewise.core.merge import mergeable
 from tunewise.core.recipe import Recipe
-from tunewise.core.site import Site, find_sites
 from tunewise.delta.existing import ExistingWeights
 from tunewise.delta.lora import LoRA
 from tunewise.delta.prompt import SoftPrompt
 from tunewise.head import ClassHead
+from tunewise.sites import Site, find_sites
 
 from .peft_files import (
     CONFIG,

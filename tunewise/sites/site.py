@@ -9,8 +9,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from tunewise.core.blocks import Skeleton, find_skeleton, sublayers
-from tunewise.core.roles import component_of, fused_rows, kind_of, role_of
+from .blocks import Skeleton, find_skeleton, sublayers
+from .roles import component_of, fused_rows, kind_of, role_of
 
 __all__ = ["KINDS", "Site", "find_sites"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests.models import tiny, tiny_batch
-from tunewise.core.site import Site, find_sites
+from tunewise.sites import Site, find_sites
 
 ROLES = ("query", "key", "value")
 

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from tests.models import NAMES, tiny, tiny_batch
-from tunewise.core.probe import Calls, count_calls
-from tunewise.core.site import find_sites
+from tunewise.sites import Calls, count_calls, find_sites
 
 SILENT = [name for name in NAMES if name not in ("deberta", "albert", "mamba")]
 

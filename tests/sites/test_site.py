@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.models import NAMES, tiny
-from tunewise.core.site import Site, find_sites
+from tunewise.sites import Site, find_sites
 
 BERT = {
     "bert.encoder.layer.*.attention.self.query": "query",

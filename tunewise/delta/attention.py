@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .delta import SiteDelta
-from .errors import UserError
-from .site import Site
+from tunewise.core.delta import SiteDelta
+from tunewise.core.errors import UserError
+from tunewise.sites import Site, find_sites
 
 __all__ = ["attending_module", "key_value_shape", "prefix_attention", "set_prefixes"]
 
@@ -35,7 +35,8 @@ def prefix_attention(
     for t in prefixes:
         if not torch.compiler.is_compiling():
             t.calls += 1
-        extra = [e.to(key.dtype).expand(key.shape[0], -1, -1, -1) for e in t.part.keys(t)]
+        prefix: Any = t.part
+        extra = [e.to(key.dtype).expand(key.shape[0], -1, -1, -1) for e in prefix.keys(t)]
         if mask is not None:
             mask = F.pad(mask, (extra[0].shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
         key, value = torch.cat([extra[0], key], 2), torch.cat([extra[1], value], 2)
@@ -44,52 +45,40 @@ def prefix_attention(
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)  # type: ignore[no-any-return]
 
 
-def _holder(site: Site, role: str) -> tuple[nn.Module, nn.Module, str] | None:
-    from .site import find_sites
-
-    for inner in find_sites(site.module):
-        if inner.kind == "linear" and (inner.role == role or role in inner.roles):
-            owner = inner.name.rpartition(".")[0]
-            return site.module.get_submodule(owner), inner.module, inner.role
-    return None
-
-
-def attending_module(site: Site) -> nn.Module:
-    """The module that calls the attention function: the one that owns the projections."""
-    found = _holder(site, "key")
+def _key_site(module: nn.Module, name: str) -> Site:
+    found = next(
+        (s for s in find_sites(module) if s.kind == "linear" and (s.role == "key" or "key" in s.roles)), None
+    )
     if found is None:
-        raise UserError(f"{site.name} has no key projection that is known, so it takes no prefix.")
-    return found[0]
+        raise UserError(f"{name} has no key projection that is known, so it takes no prefix.")
+    return found
 
 
-def key_value_shape(site: Site) -> tuple[int, int]:
-    """(key/value heads, head size) of an attention site."""
-    owner = attending_module(site)
+def attending_module(module: nn.Module, name: str) -> nn.Module:
+    """The module below an attention site that calls the attention function: the one that owns the projections."""
+    return module.get_submodule(_key_site(module, name).name.rpartition(".")[0])
+
+
+def key_value_shape(module: nn.Module, name: str) -> tuple[int, int]:
+    """(key/value heads, head size) of an attention."""
+    owner: Any = attending_module(module, name)
     size = getattr(owner, "head_dim", None) or getattr(owner, "attention_head_size", None)
     config = getattr(owner, "config", None)
     if size is None and config is not None and hasattr(config, "num_attention_heads"):
         size = config.hidden_size // config.num_attention_heads
     if size is None:
-        raise UserError(f"The head size of {site.name} is not known, so it takes no prefix.")
-    found = _holder(site, "key")
-    assert found is not None
-    _, linear, role = found
-    if role == "key":
-        width = int(linear.weight.shape[0])  # type: ignore[index]
-    else:
-        inner = next(s for s in _sites(site) if s.module is linear)
-        width = len(inner.roles["key"])
+        raise UserError(f"The head size of {name} is not known, so it takes no prefix.")
+    site = _key_site(module, name)
+    width = len(site.roles["key"]) if site.roles else site.out_features
+    assert width is not None
     return width // int(size), int(size)
 
 
-def _sites(site: Site) -> list[Site]:
-    from .site import find_sites
-
-    return find_sites(site.module)
-
-
-def set_prefixes(model: nn.Module, prefixes: dict[nn.Module, list[SiteDelta]]) -> None:
+def set_prefixes(model: nn.Module, ts: list[SiteDelta]) -> None:
     """Registers our attention while prefixes are active and puts the model's own name back afterwards."""
+    prefixes: dict[nn.Module, list[SiteDelta]] = {}
+    for t in ts:
+        prefixes.setdefault(attending_module(t.root, t.site_name), []).append(t)
     for module in model.modules():
         module.__dict__.pop("tw_prefixes", None)
     for module, ts in prefixes.items():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.models import tiny
-from tunewise.core.algebra import add, average, ema, interpolate, scale, to_lora, to_lora_from_components
 from tunewise.core.errors import UserError
 from tunewise.core.handle import attach
+from tunewise.post.algebra import add, average, ema, interpolate, scale, to_lora, to_lora_from_components
 
 
 def _states() -> list[dict[str, torch.Tensor]]:

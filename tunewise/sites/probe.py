@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tunewise.core.site import Site
+from .site import Site
 
 __all__ = ["Calls", "count_calls"]
 

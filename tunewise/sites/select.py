@@ -12,7 +12,8 @@ import torch
 
 from tunewise.core.errors import UserError, did_you_mean
 from tunewise.core.reader import literal, parse, source_of
-from tunewise.core.site import KINDS, Site
+
+from .site import KINDS, Site
 
 __all__ = ["select"]
 

@@ -8,8 +8,7 @@ import pytest
 
 from tests.models import tiny
 from tunewise.core.errors import UserError
-from tunewise.core.select import select
-from tunewise.core.site import Site, find_sites
+from tunewise.sites import Site, find_sites, select
 
 LINEAR = ("linear",)
 

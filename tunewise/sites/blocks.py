@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from tunewise.core.roles import is_attention, kind_of
+from .roles import is_attention, kind_of
 
 if TYPE_CHECKING:
-    from tunewise.core.site import Site
+    from .site import Site
 
 __all__ = ["Block", "Skeleton", "Sublayer", "find_skeleton", "parents", "sublayers"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import UserError, did_you_mean
+from tunewise.core.errors import UserError, did_you_mean
 
 __all__ = ["add", "average", "ema", "interpolate", "scale", "to_lora", "to_lora_from_components"]
 

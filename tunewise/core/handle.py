@@ -164,9 +164,10 @@ class Handle(Adaptation):
         if (self.run is not None or trained) and lifecycle.unfired():
             raise UserError(str(lifecycle.unfired()))
         state = {n: v.cpu().contiguous() for n, v in self.state().items()}
-        state |= {f"commit.{n}": (w.detach() - o).cpu().contiguous() for n, (w, o) in self.committed.items()}
+        state |= {f"commit.{n}": w.detach().cpu().contiguous() for n, (w, _) in self.committed.items()}
         part = folder / ".adaptation.safetensors.part"
         save_file(state, part, metadata={"format": "pt"})
+        part.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
         part.replace(folder / "adaptation.safetensors")
         described = {
             "format": FORMAT,
@@ -298,9 +299,9 @@ def restore(model: nn.Module, directory: str | Path, *, name: str | None = None)
     commits = {n.removeprefix("commit."): v for n, v in state.items() if n.startswith("commit.")}
     handle.build(start=False)
     handle.load_state({n: v for n, v in state.items() if not n.startswith("commit.")})
-    for weight_name, change in commits.items():
+    for weight_name, written in commits.items():
         weight = model.get_parameter(weight_name)
         handle.committed[weight_name] = (weight, weight.detach().clone())
         with torch.no_grad():
-            weight.add_(change.to(weight.device, weight.dtype))
+            weight.copy_(written)
     return handle

@@ -142,6 +142,10 @@ def _from_file(spec: str) -> Method:
     return found
 
 
+def _named(name: str) -> Method:
+    return _from_file(name) if ".py:" in name else get_method(name)
+
+
 def _options(node: ast.Call, owner: str) -> tuple[list[Any], dict[str, Any]]:
     def value(item: ast.expr) -> Any:
         if isinstance(item, ast.Call) or (
@@ -175,7 +179,7 @@ def _build(node: ast.expr) -> Recipe:
     if name.id[:1].isupper():
         part = _part(node)
         return Recipe.of(part, source_of(node))
-    made = _from_file(name.id) if ".py:" in name.id else get_method(name.id)
+    made = _named(name.id)
     args, options = _options(node, name.id) if isinstance(node, ast.Call) else ([], {})
     return made(*args, **options)
 
@@ -206,12 +210,12 @@ def _entries(item: Any, where: str) -> Iterator[Recipe]:
     elif isinstance(item, dict):
         if "method" in item:
             name, options = item["method"], {k: v for k, v in item.items() if k != "method"}
-            yield get_method(name)(**options) if options else read_recipe(name)
+            yield _named(name)(**options) if options else read_recipe(name)
             return
         for name, options in item.items():
             if options is not None and not isinstance(options, dict):
                 raise UserError(f"{where}: the options of {name} must be a mapping, not {options!r}.")
-            yield get_method(name)(**(options or {}))
+            yield _named(str(name))(**(options or {}))
     else:
         raise UserError(
             f"{where}: expected a method, a mapping of methods to options, or a list, not {item!r}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .delta import ORDER, SiteDelta, TapBuffer, forms
-from .forward import Plan, forward_of, install, uninstall
+from .forward import Plan, forward_of, install, is_quantized, uninstall
 
 if TYPE_CHECKING:
     from .adaptation import Adaptation
@@ -31,7 +31,13 @@ def _linear_plan(ts: list[SiteDelta], plain: bool) -> Plan:
     fused = (
         alone is not None and "product" in forms(alone.part) and alone.rows is None and not alone.transposed
     )
-    if fused and not plain and alone is not None and alone.part.fusable(alone):
+    if (
+        fused
+        and not plain
+        and alone is not None
+        and not is_quantized(alone.root)
+        and alone.part.fusable(alone)
+    ):
         plan.product = alone
         thin: list[SiteDelta] = []
     else:

@@ -81,7 +81,7 @@ def read_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     from bitsandbytes import functional  # type: ignore[import-not-found,unused-ignore]
 
     if getattr(weight, "quant_state", None) is not None:
-        return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return,unused-ignore]
     holder: Any = weight if getattr(weight, "SCB", None) is not None else module.state
     codes, scale = holder.CB, holder.SCB
     return functional.int8_vectorwise_dequant(codes, scale)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -44,6 +45,28 @@ def test_python_example(
 def test_commands_are_understood(command: str) -> None:
     function, bound, _ = cli.app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
     assert callable(function) and bound is not None
+
+
+def measured() -> list[tuple[str, str]]:
+    """(row of README's table, what the result file says)."""
+    folder = ROOT / "benchmarks" / "results"
+    read = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json")}
+    reviews, gsm, peft = read["reviews"]["summary"], read["gsm8k"], read["lora_vs_peft"]["rows"]
+    return [
+        ("LoRA on `reviews`", f"{reviews['lora']['accuracy']:.3f}"),
+        ("full fine-tuning", f"{reviews['full']['accuracy']:.3f}"),
+        ("linear probe", f"{reviews['linear_probe']['accuracy']:.3f}"),
+        ("30 steps", f"{gsm['before']:.2f} to {gsm['after']:.2f}"),
+        ("LoRA training step", f"{peft[0]['ratio']:.2f}"),
+        ("the same with dropout", f"{peft[1]['ratio']:.2f}"),
+    ]
+
+
+@pytest.mark.parametrize(("row", "value"), measured())
+def test_numbers_come_from_result_files(row: str, value: str) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {row}")]
+    assert f"| {value} |" in line
 
 
 def test_make_targets_exist() -> None:

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """The main job on real data: four methods and two baselines, a table and a report.
 
-    Fine-tunes a 22.7 M encoder on 2,000 movie-review sentences, in about 8 minutes on 2 cores.
+    Fine-tunes a 22.7 M encoder on 2,000 movie-review sentences, in less than 8 minutes on 2 cores.
     """
     from tunewise.demo import run_demo
 

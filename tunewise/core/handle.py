@@ -19,6 +19,7 @@ from .merge import materialize, merged_tensors, not_mergeable
 from .method import read_recipe
 from .plans import rebuild
 from .recipe import Recipe
+from .trainer import trainer_callback
 
 if TYPE_CHECKING:
     from .run import Run
@@ -228,26 +229,7 @@ class Handle(Adaptation):
 
     def callback(self) -> Any:
         """A `transformers.TrainerCallback` that fires the parts' events inside Trainer."""
-        from transformers import TrainerCallback
-
-        handle = self
-
-        class Events(TrainerCallback):
-            """Tunewise's events inside transformers.Trainer."""
-
-            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                optimizer = kwargs["optimizer"]
-                handle.watch(getattr(optimizer, "optimizer", optimizer))
-
-            def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                assert handle.run is not None
-                handle.run.fire("boundary", "epoch")
-
-            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                assert handle.run is not None
-                handle.run.fire("finish")
-
-        return Events()
+        return trainer_callback(self)
 
 
 def attach(

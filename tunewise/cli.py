@@ -14,7 +14,7 @@ import cyclopts
 from cyclopts import App
 
 from tunewise import __version__
-from tunewise.commands import catalog, check, doctor, runs, start
+from tunewise.commands import catalog, check, doctor, estimate, runs, start
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,7 @@ app = App(
 COMMANDS: tuple[Callable[..., None], ...] = (
     start.demo,
     start.tune,
+    estimate.estimate,
     runs.predict,
     runs.evaluate,
     runs.merge,

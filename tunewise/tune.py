@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewise.afterwards import Result, evaluate, export_run, merge_run, predict
 from tunewise.core.errors import UserError
-from tunewise.prepare import Data, Prepared, complete, encode, load_base, prepare_data
+from tunewise.prepare import Prepared, complete, default_sizes, encode, load_base, prepare_data
 from tunewise.progress import Progress
 from tunewise.record import Record, folder_size
 
@@ -106,7 +106,7 @@ def tune(
     prepared = load_base(
         model, tokenizer, method, rows, target, say, meta=dry_run and not hasattr(model, "parameters")
     )
-    settings = Settings.of(**{**_sizes(rows, target.type), **given})
+    settings = Settings.of(**{**default_sizes(rows.task.name, target.type), **given})
     if dry_run:
         return _dry(prepared, settings)
     return _execute(prepared, settings, seed, record, resume, say, progress, final_test)
@@ -118,13 +118,6 @@ def _default_rate(recipe: Recipe) -> float:
     return prior[len(prior) // 2] if prior else DEFAULT_RATE
 
 
-def _sizes(data: Data, device: str) -> dict[str, int]:
-    """Rows per step; long rows on a CPU go through the model in twos, which costs no time and saves most memory."""
-    if data.task.name != "causal":
-        return {"batch_size": 32}
-    return {"batch_size": 8, "micro_batch": 2} if device == "cpu" else {"batch_size": 8}
-
-
 def _attach(prepared: Prepared, undo: bool) -> Handle:
     from tunewise.core.handle import attach
 
@@ -132,7 +125,7 @@ def _attach(prepared: Prepared, undo: bool) -> Handle:
 
 
 def _dry(prepared: Prepared, settings: Settings) -> Result:
-    from tunewise.commands.plan import plan_of
+    from tunewise.plan import plan_of
 
     handle = _attach(prepared, False)
     data = prepared.data

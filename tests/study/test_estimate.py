@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 from tunewise.assets import demo_rows
 from tunewise.cli import run as run_cli
 from tunewise.core.errors import UserError
-from tunewise.study.estimate import estimate, step_sizes
+from tunewise.study.estimate import estimate
 from tunewise.study.estimate_count import Counter, bytes_of, fake_copy, fake_mode
 from tunewise.study.estimate_time import Clock
 
@@ -103,11 +102,14 @@ def test_the_clock_executes_each_distinct_call_once() -> None:
     assert clock.seconds(counter.work) > 0 and clock.rate > 0 and not clock.skipped
 
 
-@pytest.mark.parametrize("task", ["causal", "classification"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_sizes_are_those_of_tune(task: str, device: str) -> None:
-    data = SimpleNamespace(task=SimpleNamespace(name=task))
-    assert import_module("tunewise.tune")._sizes(data, device) == step_sizes(task, device)
+def test_large_calls_are_not_executed() -> None:
+    mode = fake_mode()
+    with mode:
+        x = torch.empty(2**20, 2**20)  # 4 TiB
+    with Counter(mode) as counter:
+        x.add(1.0)
+        x @ x
+    assert Clock(torch.device("cpu")).seconds(counter.work) > 3600
 
 
 def test_the_command(capsys: Any, tmp_path: Any, rows: list[dict[str, Any]]) -> None:

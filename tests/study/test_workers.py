@@ -236,7 +236,8 @@ def pids_in(file: Path, seconds: float = 10.0) -> list[int]:
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where whoever started the tests ignores Ctrl-C
 from tunewise.study.workers import Pool
 
 with Pool(1, allow=["tests.study.jobs"], logs=sys.argv[2]) as pool:

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from tunewise.plan import plan_of
+
 from .console import Output, table
-from .plan import plan_of, plan_view
+from .plan import plan_view
 
 __all__ = ["methods", "show"]
 

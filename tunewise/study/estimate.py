@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tunewise.prepare import Prepared, complete, encode, load_base, prepare_data
+from tunewise.prepare import Prepared, complete, default_sizes, encode, load_base, prepare_data
 
 if TYPE_CHECKING:
     from tunewise.core.run import Run
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .estimate_time import Clock
 
-__all__ = ["Estimate", "estimate", "step_sizes"]
+__all__ = ["Estimate", "estimate"]
 
 Say = Callable[[str], None]
 MIB = 2**20
@@ -111,7 +111,7 @@ def estimate(
         skip_bad_rows=skip_bad_rows,
         say=say,
     )
-    settings = Settings.of(**{**step_sizes(rows.task.name, target.type), **given})
+    settings = Settings.of(**{**default_sizes(rows.task.name, target.type), **given})
     own = hasattr(model, "parameters")
     with torch.random.fork_rng(devices=[]):
         prepared = load_base(model, tokenizer, method, rows, target, say, meta=not own)
@@ -131,13 +131,6 @@ def estimate(
             loaded.examples = prepared.examples
             prepared = loaded
         return measure(prepared, settings, seed, reason)
-
-
-def step_sizes(task: str, device: str) -> dict[str, int]:
-    """The rows per step and per forward pass that `tune` takes when none are given."""
-    if task != "causal":
-        return {"batch_size": 32}
-    return {"batch_size": 8, "micro_batch": 2} if device == "cpu" else {"batch_size": 8}
 
 
 def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> Estimate:

@@ -53,6 +53,8 @@ class Call:
     func: Any
     leaves: tuple[Any, ...]
     spec: Any = field(compare=False)
+    flops: int = field(default=0, compare=False)
+    bytes: int = field(default=0, compare=False)
 
 
 @dataclass
@@ -160,13 +162,16 @@ class Counter(TorchDispatchMode):
     def _add(
         self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], inputs: list[Tensor], out: Any
     ) -> None:
-        packet = func._overloadpacket
+        packet, flops = func._overloadpacket, 0
         if packet in flop_registry:
-            self.work.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
         elif "scaled_dot_product" in name:
-            self.work.flops += _attention(name, inputs)
+            flops = _attention(name, inputs)
+        touched = [*inputs, *(x for x in tree_leaves(out) if isinstance(x, Tensor))]
+        size = 0 if func.is_view else sum(x.untyped_storage().nbytes() for x in touched)
         leaves, spec = tree_flatten((args, dict(kwargs)))
-        call = Call(func, tuple(_described(leaf) for leaf in leaves), spec)
+        call = Call(func, tuple(_described(leaf) for leaf in leaves), spec, flops, size)
+        self.work.flops += flops
         self.work.calls[call] = self.work.calls.get(call, 0) + 1
 
 

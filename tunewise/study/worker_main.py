@@ -152,6 +152,7 @@ def main(allowed: Collection[str]) -> None:
         order = jobs.get()
         _send({"started": order["call"]})
         answer = _run(order, allowed)
+        sys.stdout.flush()  # what a job printed is in the log before its answer is known
         _tidy()
         _send(answer)
         del answer

@@ -86,11 +86,14 @@ class Record:
         if not self.rows.is_file():
             return
         kept = []
-        for line in self.rows.read_text(encoding="utf-8").splitlines():
+        lines = self.rows.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                continue  # only the last line can be cut, and its step is run again
+                if number == len(lines):  # cut by a kill; its step is run again
+                    continue
+                raise UserError(f"{self.rows} is damaged in line {number}: it is no JSON.") from None
             if row.get("step", 0) <= step and "resumed" not in row:
                 kept.append(line)
         write_text(self.rows, "".join(line + "\n" for line in kept))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import nn
 
-from tests.models import tiny
+from tests.models import tiny, tiny_batch
 from tunewise.core.compat import NEEDS, check, facts
 from tunewise.core.errors import UserError
 from tunewise.core.handle import attach
@@ -92,9 +93,8 @@ def test_an_impossible_recipe_is_refused_with_the_nearest_possible_one(
 def test_every_known_need_can_be_refused_in_words() -> None:
     for need, (what, instead) in NEEDS.items():
         assert what and instead
-        if need != "valid":
-            with pytest.raises(UserError, match="needs"):
-                check(read_recipe("prompt_tuning") + ZerothOrder() + needing("components", need))
+        with pytest.raises(UserError, match=f"needs {what}"[:20]):
+            check(read_recipe("prompt_tuning") + ZerothOrder() + needing(need))
 
 
 def test_the_nearest_possible_recipe_is_possible() -> None:
@@ -156,3 +156,16 @@ def test_names_that_begin_alike_are_told_apart() -> None:
     first.detach()
     assert len([n for n, _ in model.named_modules() if "tw_a_b_lora" in n]) == len(second.sites)
     second.detach()
+
+
+def test_a_ladder_lets_the_gradients_of_other_deltas_through() -> None:
+    model, batch = tiny("llama"), tiny_batch("llama")
+    handle = attach(model, "lora(rank=2) + ladder")
+    with torch.no_grad():
+        for info in handle.tensors().values():
+            info.tensor.add_(0.01)
+    model(**{**batch, "labels": batch["input_ids"]}).loss.backward()
+    for name, info in handle.tensors().items():
+        assert info.tensor.grad is not None and bool(info.tensor.grad.abs().sum() > 0), name
+        if info.tag == "gate":
+            assert bool((info.tensor.grad != 0).all()), name

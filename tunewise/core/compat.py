@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .delta import Delta, forms
 from .errors import UserError
 from .lifecycle import call_order
@@ -21,7 +19,6 @@ NEEDS = {
     "internals": ("the plain form of the deltas", "lora"),
     "sizes": ("a delta whose size can change", "lora"),
     "frozen_backbone": ("a backbone without backward pass", "a side network"),
-    "valid": ("validation rows", "a larger data set"),
 }
 
 
@@ -38,10 +35,10 @@ def facts(recipe: Recipe) -> set[str]:
         given.add("mergeable")
     if deltas and all("read" in forms(d) for d in deltas):
         given.add("frozen_backbone")
-    return given | {"valid"}
+    return given
 
 
-def check(recipe: Recipe, model: Any = None) -> None:
+def check(recipe: Recipe) -> None:
     """Raises `UserError`, one sentence with the nearest possible recipe, when the parts cannot work together."""
     if not recipe["delta"] and not recipe["head"]:
         names = recipe.name or "The recipe"

@@ -250,7 +250,7 @@ def attach(
     Raises `UserError` for a wrapped, sharded or already adapted model and for recipes that cannot work.
     """
     recipe: Recipe = read_recipe(method).fresh()
-    check(recipe, model)
+    check(recipe)
     needs_plain = {"second_order", "per_sample", "internals"} & {
         n for _, p in recipe.parts() for n in p.needs
     }

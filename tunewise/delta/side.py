@@ -45,22 +45,27 @@ class Ladder(Delta):
             found[f"D{i}"] = P(torch.empty(d, tap.out_features or 1).uniform_(-bound, bound), "direction")
             found[f"W1_{i}"] = P(torch.empty(2 * d, d).uniform_(-(d**-0.5), d**-0.5), "weight")
             found[f"W2_{i}"] = P(torch.zeros(d, 2 * d), "weight")
-        found["a"] = P(torch.zeros(len(taps)), "gate")
+        if len(taps) > 1:  # the first tap has nothing before it to be mixed with
+            found["a"] = P(torch.zeros(len(taps) - 1), "gate")
         found["up"] = P(torch.zeros(width, d), "direction")
         return found
 
     def read(self, t: Any, taps: list[Tensor], y: Tensor) -> Tensor:
-        mu = torch.sigmoid(t.a / self.temperature)
+        mu = torch.sigmoid(t.a / self.temperature) if len(taps) > 1 else None
         s: Tensor | None = None
         for i, h in enumerate(taps):
             low = F.linear(h.to(y.dtype), getattr(t, f"D{i}"))
-            s = low if s is None else mu[i] * s + (1 - mu[i]) * low
+            s = low if s is None or mu is None else mu[i - 1] * s + (1 - mu[i - 1]) * low
             s = s + F.linear(
                 F.gelu(F.linear(F.layer_norm(s, s.shape[-1:]), getattr(t, f"W1_{i}"))), getattr(t, f"W2_{i}")
             )
         assert s is not None
-        return y.detach() + F.linear(s, t.up)
+        return y + F.linear(s, t.up)
 
     def formula(self, site: Site, taps: Sequence[Site] = ()) -> int:
         d = max((site.out_features or 0) // self.reduction, 1)
-        return sum(d * (tap.out_features or 0) + 4 * d * d + 1 for tap in taps) + d * (site.out_features or 0)
+        return (
+            sum(d * (tap.out_features or 0) + 4 * d * d + 1 for tap in taps)
+            - 1
+            + d * (site.out_features or 0)
+        )

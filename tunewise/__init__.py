@@ -1,7 +1,8 @@
 """Every way of fine-tuning a pretrained model, as small composable parts.
 
-`tune`, `predict` and `evaluate` do a whole run; `load`, `attach` and `restore` work inside anyone's own loop;
-`methods` holds the catalog. Importing this package loads nothing heavy: each name is fetched on first use.
+`tune`, `predict` and `evaluate` do a whole run, `compare` tunes and measures many; `load`, `attach` and `restore`
+work inside anyone's own loop; `methods` holds the catalog. Importing this package loads nothing heavy: each name
+is fetched on first use.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tunewise.core.method import method
     from tunewise.core.part import Part
     from tunewise.core.recipe import Recipe
+    from tunewise.study.compare import compare
+    from tunewise.study.study import Study
     from tunewise.tune import evaluate, predict, tune
 
 __all__ = [
@@ -30,9 +33,11 @@ __all__ = [
     "Part",
     "Recipe",
     "RunError",
+    "Study",
     "UserError",
     "__version__",
     "attach",
+    "compare",
     "evaluate",
     "handles",
     "load",
@@ -52,8 +57,10 @@ _HOME = {
     "Part": "core.part",
     "Recipe": "core.recipe",
     "RunError": "core.errors",
+    "Study": "study.study",
     "UserError": "core.errors",
     "attach": "core.handle",
+    "compare": "study.compare",
     "evaluate": "tune",
     "handles": "core.adaptation",
     "load": "backbone",

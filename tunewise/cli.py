@@ -14,7 +14,7 @@ import cyclopts
 from cyclopts import App
 
 from tunewise import __version__
-from tunewise.commands import catalog, check, doctor, estimate, runs, start
+from tunewise.commands import catalog, check, compare, doctor, estimate, runs, start
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,8 @@ app = App(
 COMMANDS: tuple[Callable[..., None], ...] = (
     start.demo,
     start.tune,
+    compare.compare,
+    compare.report,
     estimate.estimate,
     runs.predict,
     runs.evaluate,
@@ -126,7 +128,11 @@ def _unexpected(error: BaseException) -> str:
     )
 
 
-def _how_to_resume(tokens: Sequence[str]) -> str:
+def _how_to_resume(tokens: Sequence[str], report: str = "") -> str:
+    """What a command that was stopped by hand leaves behind, and how it goes on."""
+    if "compare" in tokens[:1] and "--dry-run" not in tokens:
+        so_far = f"the report so far is {report}; " if report else ""
+        return f"stopped; {so_far}the same command again goes on: tunewise {shlex.join(tokens)}"
     if "tune" not in tokens[:1]:
         return "stopped."
     if "--out" not in " ".join(tokens):
@@ -149,8 +155,8 @@ def run(tokens: Sequence[str]) -> int:
             return _fail(_sentence(error, tokens), 2)
         run_it: Callable[..., Any] = command
         run_it(*bound.args, **bound.kwargs)
-    except KeyboardInterrupt:
-        return _fail(_how_to_resume(tokens), 130)
+    except KeyboardInterrupt as stopped:
+        return _fail(_how_to_resume(tokens, str(stopped)), 130)
     except BrokenPipeError:
         # Whoever read our output has closed it, as `tunewise methods | head` does; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

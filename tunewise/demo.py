@@ -155,7 +155,8 @@ def _check_folder(folder: Path, plan: Plan) -> None:
 def _baselines(plan: Plan, say: Say) -> tuple[list[dict[str, Any]], list[str]]:
     """Measured on the same train and test rows as the methods."""
     from tunewise.data import detect_columns, read_rows, split_rows, usable_rows
-    from tunewise.study.baselines import majority, tfidf
+    from tunewise.study.baselines import measure_baseline
+    from tunewise.task import make_task
 
     rows = read_rows(plan.data)
     columns = detect_columns(rows)
@@ -163,10 +164,13 @@ def _baselines(plan: Plan, say: Say) -> tuple[list[dict[str, Any]], list[str]]:
     notes = list(dict.fromkeys([*rows.notes, *columns.notes, *splits.notes]))
     for note in notes:
         say(note)
-    named = {"majority": majority, "TF-IDF + logistic regression": tfidf}
-    return [
-        {"method": n, **measure(splits.train, splits.test, columns)} for n, measure in named.items()
-    ], notes
+    task = make_task(columns.task, columns)
+    task.fit(splits.train)
+    made = []
+    for title, name in {"majority": "majority", "TF-IDF + logistic regression": "tfidf"}.items():
+        found = measure_baseline(name, task, splits.train, splits.test)
+        made.append({"method": title, **found.metrics, **found.costs})
+    return made, notes
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunewise.core.errors import UserError, did_you_mean
 
-__all__ = ["PeakMemory", "environment", "pick_device", "seed_everything"]
+__all__ = ["PeakMemory", "environment", "pick_device", "resident", "seed_everything"]
 
 PACKAGES = ("tunewise", "torch", "transformers", "accelerate", "safetensors", "datasets", "scikit-learn")
 
@@ -94,6 +94,13 @@ def _high_water() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident() -> int:
+    """Bytes of memory that this process takes now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def environment(device: Any = None) -> dict[str, Any]:

@@ -101,13 +101,26 @@ def complete(method: Any, task: Task | None, config: Any) -> Recipe:
 
 
 def load_base(
-    model: Any, tokenizer: Any, method: Any, data: Data, device: Any, say: Say, *, meta: bool = False
+    model: Any,
+    tokenizer: Any,
+    method: Any,
+    data: Data,
+    device: Any,
+    say: Say,
+    *,
+    meta: bool = False,
+    load: Callable[..., tuple[nn.Module, Any]] | None = None,
 ) -> Prepared:
-    """Loads the base model as the recipe's head reads it, or takes the user's own module as it is."""
+    """Loads the base model as the recipe's head reads it, or takes the user's own module as it is.
+
+    load  stands in for `tunewise.backbone.load`, for example to give out a model that is in memory already
+    """
     import torch
 
-    from tunewise.backbone import backbone_config, load
+    from tunewise.backbone import backbone_config
+    from tunewise.backbone import load as load_anew
 
+    load = load or load_anew
     task = data.task
     if isinstance(model, torch.nn.Module):
         if tokenizer is None:

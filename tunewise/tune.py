@@ -23,6 +23,8 @@ __all__ = ["Result", "evaluate", "export_run", "merge_run", "predict", "tune"]
 
 Say = Callable[[str], None]
 DEFAULT_RATE = 1e-4
+FEATURES = 2**30
+"""Bytes for the states of rows below everything that a method changes: they are computed once."""
 
 
 def tune(
@@ -168,6 +170,7 @@ def _execute(
     final_test: bool,
 ) -> Result:
     from tunewise.core.run import Run
+    from tunewise.loop.features import frozen_features
     from tunewise.machine import PeakMemory, environment
 
     device = next(prepared.model.parameters()).device
@@ -193,9 +196,9 @@ def _execute(
     with Progress(progress, handle.recipe.name) as bar, PeakMemory(device) as memory:
         run.listen = _listener(record, bar, run)
         started = time.perf_counter()
-        handle.recipe.single("loop").run(run)  # type: ignore[union-attr]
+        with frozen_features(run, {}, limit_bytes=FEATURES):
+            handle.recipe.single("loop").run(run)  # type: ignore[union-attr]
         seconds = time.perf_counter() - started
-        memory.read()
         run.listen = lambda row: None
         metrics = _measure(prepared, run)
         result = Result(metrics=metrics, prepared=prepared, handle=handle, directory=out, run=run)

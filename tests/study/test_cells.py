@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tunewise.study.cells import amount, duration, megabytes, score, size, verdict
-from tunewise.study.charts import DASHES, PALETTE, SHAPES, SYMBOLS, cost_chart, curve_chart, swatch
+from tunewise.study.charts import BASELINE_SHAPES, PALETTE, SHAPES, cost_chart, curve_chart, looks, swatch
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,10 @@ def test_verdict_stays_silent_about_worse_ones() -> None:
 
 
 def test_many_names_stay_distinct() -> None:
-    number = len(PALETTE) * len(SYMBOLS)
-    assert len(SYMBOLS) == len(SHAPES) == len(DASHES)
-    assert len({swatch(i) for i in range(number)}) == number
+    names = [f"m{i}" for i in range(len(PALETTE) * len(SHAPES))]
+    baselines = [f"b{i}" for i in range(len(BASELINE_SHAPES))]
+    swatches = {swatch(look) for look in looks(names, baselines).values()}
+    assert len(swatches) == len(names) + len(baselines)
 
 
 def test_charts_of_extreme_values() -> None:

@@ -124,11 +124,22 @@ def test_reopening_lets_running_trials_wait_again(tmp_path: Path) -> None:
     ],
 )
 def test_another_study_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    Store.open(tmp_path, IDENTITY).close()
+    with Store.open(tmp_path, IDENTITY) as store:
+        store.start(store.add("lora", 0.1).id)
+        store.finish(1, {"a": 1})
     for _ in range(2):  # a refusal frees the lock
         with pytest.raises(UserError, match=words):
             Store.open(tmp_path, {**IDENTITY, **change})
     Store.open(tmp_path, IDENTITY).close()
+
+
+def test_a_folder_in_which_nothing_was_tried_may_become_another_study(tmp_path: Path) -> None:
+    with Store.open(tmp_path, IDENTITY) as store:
+        store.start(store.add("lora", 0.1).id)
+        store.fail(1, "needs too much memory")
+        store.set("plan", ["too short"])
+    with Store.open(tmp_path, {**IDENTITY, "model": "other"}) as store:
+        assert store.identity["model"] == "other" and store.trials() == [] and store.get("plan") is None
 
 
 def test_folders_that_are_no_study(tmp_path: Path) -> None:

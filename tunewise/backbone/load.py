@@ -14,7 +14,7 @@ from tunewise.core.errors import UserError, did_you_mean
 
 from .source import Source, find_source
 
-__all__ = ["AUTO_CLASSES", "backbone_config", "load"]
+__all__ = ["AUTO_CLASSES", "backbone_config", "load", "renew"]
 
 AUTO_CLASSES = {
     "base": "AutoModel",
@@ -71,6 +71,20 @@ def backbone_config(name_or_path: str | Path, *, note: Note | None = None) -> An
     source = find_source(name_or_path, weights=False, note=note)
     with _quiet():
         return _config(source)
+
+
+def renew(model: nn.Module) -> None:
+    """Draws the weights anew that the checkpoint did not bring, from torch's global generator as `load` does.
+
+    With the generator in the same state the model is bit-equal to a freshly loaded one.
+    """
+    new: frozenset[str] = getattr(model, "_tunewise_new", frozenset())
+    for name, module in model.named_modules():
+        own = {f"{name}.{key}".lstrip("."): p for key, p in module.named_parameters(recurse=False)}
+        if new & own.keys():
+            for parameter in own.values():
+                parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+            model._init_weights(module)  # type: ignore[operator]
 
 
 @contextmanager
@@ -200,6 +214,7 @@ def _pretrained(source: Source, auto: str, config: Any, dtype: torch.dtype | str
             f"{f'and {count - 1} more weights are' if count > 1 else 'is'} missing or of another size in its "
             "checkpoint."
         )
+    model._tunewise_new = frozenset(head)
     if head:
         why = " (the checkpoint's were of another size)" if other else ""
         say(f"New, untrained weights: {', '.join(head)}{why}.")

@@ -115,9 +115,13 @@ class Run:
         """One row of metrics.jsonl."""
         self.listen({"step": self.step, **values})
 
+    def outputs(self, batch: Any) -> Any:
+        """The model's outputs for a batch; every pass of a run over rows goes through here."""
+        return self.model(**batch.inputs)
+
     def forward(self, batch: Any) -> tuple[Tensor, Any]:
         """(logits read by the head, the model's outputs)."""
-        outputs = self.model(**batch.inputs)
+        outputs = self.outputs(batch)
         heads = [(t.part, t) for key, _, t in self.handle.sites if t.part.slot == "head"]
         if heads:
             part, t = heads[0]

@@ -72,7 +72,7 @@ class FitHead(Part):
         ys: list[Tensor] = []
         for start in range(0, len(examples), 64):
             batch = run.collate(examples[start : start + 64])
-            hidden = run.model(**batch.inputs).last_hidden_state.float()
+            hidden = run.outputs(batch).last_hidden_state.float()
             xs.append(pool(hidden, batch.inputs["attention_mask"].bool(), head.pooling).cpu())
             ys.append(batch.labels.cpu())
         return torch.cat(xs).double().numpy(), torch.cat(ys).numpy()

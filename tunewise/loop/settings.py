@@ -18,7 +18,8 @@ class Settings:
     """Options of a run that belong to no part.
 
     batch_size       rows per optimizer step; micro_batch rows per forward pass (default: all of them)
-    schedule         of the learning rate after `warmup` (a fraction of the steps)
+    schedule         of the learning rate after `warmup` (a fraction of the steps, or `warmup_steps`)
+    decay_from       step until which the rate is constant before the schedule begins; default: end of the warmup
     by_length        batches hold rows of like length
     evaluations      looks at the validation rows over the whole run; the best one is kept
     patience         looks without improvement before the run stops; 0 never stops early
@@ -31,6 +32,8 @@ class Settings:
     epochs: PositiveFloat = 3.0
     steps: PositiveInt | None = None
     warmup: float = 0.06
+    warmup_steps: NonNegativeInt | None = None
+    decay_from: NonNegativeInt | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
@@ -58,10 +61,11 @@ class Settings:
         """The schedule's factor of the learning rate for step 0 .. total - 1."""
         import math
 
-        warm = int(self.warmup * total)
+        warm = int(self.warmup * total) if self.warmup_steps is None else self.warmup_steps
+        start = max(warm, self.decay_from or 0)
         if step < warm:
             return (step + 1) / (warm + 1)
-        if self.schedule == "constant":
+        if self.schedule == "constant" or step < start:
             return 1.0
-        part = (step - warm) / max(total - warm, 1)
+        part = (step - start) / max(total - start, 1)
         return 1.0 - part if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * part))

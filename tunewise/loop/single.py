@@ -22,8 +22,9 @@ class Single(Part):
     """for each step: rows -> micro-batches -> sum of losses / units of the step -> gradients -> optimizer ->
     events.
 
-    Resumes from the newest checkpoint in the run's directory, bit-equal to a run that was never stopped. A
-    loss that is not finite ends the run with `RunError`; the last good state stays on disk.
+    Resumes from the newest checkpoint in the run's directory, bit-equal to a run that was never stopped; a run
+    that is done goes on where `settings` now ask for more steps. A loss that is not finite ends the run with
+    `RunError`; the last good state stays on disk.
     """
 
     slot: ClassVar[str] = "loop"
@@ -32,11 +33,12 @@ class Single(Part):
         """Trains until the steps are done or patience ends."""
         settings, optimizer = run.settings, run.recipe.single("optimizer")
         stream = run.batches("train", settings.batch_size)
-        run.total_steps = settings.steps or max(1, round(settings.epochs * len(stream)))
+        total = run.total_steps = settings.steps or max(1, round(settings.epochs * len(stream)))
         optimizer.setup(run, optimizer.lr or settings.lr)  # type: ignore[union-attr]
         accelerator = _accelerator(run)
         run.loss_scale = 1024.0 if settings.dtype == "float16" else 1.0
         self._prepare(run, optimizer)
+        run.total_steps = total  # more than when the checkpoint was written, where a run is made longer
         every = max(1, math.ceil(run.total_steps / settings.evaluations)) if settings.evaluations else 0
         while run.step < run.total_steps and not run.extra.get("stopped"):
             self._one_step(run, optimizer, stream, accelerator)

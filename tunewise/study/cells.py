@@ -6,7 +6,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["COST", "amount", "duration", "megabytes", "score", "size", "verdict"]
+__all__ = [
+    "COST",
+    "amount",
+    "duration",
+    "finite",
+    "interval",
+    "megabytes",
+    "number_cell",
+    "score",
+    "size",
+    "text_cell",
+    "verdict",
+]
 
 Row = Mapping[str, Any]
 
@@ -58,6 +70,31 @@ COST: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("time", duration),
     "size_mb": ("on disk", megabytes),
 }
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number that can be shown: no NaN, no infinity, no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def interval(row: Row, metric: str) -> str:
+    """ "0.830 to 0.861" from `<metric>_low` and `<metric>_high`; empty if not known."""
+    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+    if low is None or high is None or not (finite(low) and finite(high)):
+        return ""
+    return f"{score(low)} to {score(high)}"
+
+
+def number_cell(value: Any, write: Callable[[float], str], beside: str = "") -> dict[str, Any]:
+    """A cell of a sortable table, blank where there is no number; `beside` stands after it in small."""
+    if not finite(value):
+        return {"text": "", "value": "", "numeric": True}
+    return {"text": write(value), "value": repr(value), "numeric": True, "range": beside}
+
+
+def text_cell(value: Any) -> dict[str, Any]:
+    """A cell of a sortable table, sorted by its text."""
+    return {"text": value, "value": value, "numeric": False}
 
 
 def _named(row: Row, metric: str) -> str:

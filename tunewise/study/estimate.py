@@ -136,6 +136,7 @@ def estimate(
 def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> Estimate:
     from tunewise.core.handle import attach
     from tunewise.core.run import Run
+    from tunewise.machine import resident
 
     from .estimate_count import Counter, bytes_of, fake_copy, fake_mode
     from .estimate_run import count_looks, count_steps
@@ -143,7 +144,7 @@ def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> 
 
     warm_up(device)
     clock = Clock(device)
-    process = _resident() if device.type == "cpu" else 0
+    process = resident() if device.type == "cpu" else 0
     mode = fake_mode()
     twin = fake_copy(prepared.model, mode, device)
     with mode, warnings.catch_warnings():
@@ -196,13 +197,6 @@ def facts(prepared: Prepared, run: Run) -> dict[str, Any]:
 
 def _size(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
-
-
-def _resident() -> int:
-    """Bytes of this process now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def _assumptions(clock: Clock, settings: Settings, device: Any) -> list[str]:

@@ -103,6 +103,11 @@ class Plan:
         return [arm for arm in self.arms if arm.prior]
 
     @property
+    def last(self) -> int:
+        """The rung that trains to the end."""
+        return len(self.sizes) - 1
+
+    @property
     def epoch(self) -> float:
         """Steps per epoch."""
         return math.ceil(self.rows / self.batch_size)

@@ -29,8 +29,12 @@ DEFAULT = {
 }
 """`default`: one method for each property that decides what tuning costs and what it can change."""
 
-BASELINES = {"classification": ("majority", "tfidf")}
-"""Baselines without a pretrained model, by task; they take part in every comparison and are never tuned."""
+BASELINES = {
+    "classification": ("majority", "tfidf", "zero_shot", "few_shot"),
+    "regression": ("mean", "tfidf"),
+    "causal": ("zero_shot", "few_shot"),
+}
+"""By task; they take part in every comparison where the base model can, and are never tuned."""
 
 TUNED_BASELINES = ("linear_probe", "full")
 """Methods that are added to every comparison, where they fit the task and the memory."""

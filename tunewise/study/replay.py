@@ -13,7 +13,7 @@ from tunewise.study.budget import TOLERANCE
 if TYPE_CHECKING:
     from tunewise.study.halving import Plan
 
-__all__ = ["TARGET", "Finished", "Outcome", "Replay", "Standing", "Trial", "largest"]
+__all__ = ["TARGET", "Finished", "Outcome", "Replay", "Standing", "Trial", "key_of", "largest"]
 
 TARGET = 0.97  # of the budget is planned for: speeds are known to a few percent
 LATEST = 1.01  # nothing is started that is expected to end later than this share of the budget
@@ -89,6 +89,11 @@ class Outcome:
     done: bool
 
 
+def key_of(method: str, lr: float | None, seed: int, rung: int) -> str:
+    """What a trial is called; the same trial of the same plan always has the same name."""
+    return f"{method}{'' if lr is None else f' lr={lr:g}'} seed={seed} rung={rung}"
+
+
 def largest(allowed: Callable[[int], bool], most: int) -> int:
     """The largest of 1 .. most that is allowed, where all below an allowed one are; 0 if none is."""
     low, high = 0, most
@@ -148,9 +153,8 @@ class Replay:
     ) -> Trial:
         start = after.steps if after else 0
         step, overhead = self.speeds[method]
-        rate = "" if lr is None else f" lr={lr:g}"
         return Trial(
-            key=f"{method}{rate} seed={self.plan.seed + seed} rung={rung}",
+            key=key_of(method, lr, self.plan.seed + seed, rung),
             method=method,
             lr=lr,
             seed=self.plan.seed + seed,

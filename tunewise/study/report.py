@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunewise.core.errors import UserError
-from tunewise.study.cells import COST, score, verdict
-from tunewise.study.charts import cost_chart, curve_chart, swatch
+from tunewise.study.cells import COST, finite, interval, number_cell, score, text_cell, verdict
+from tunewise.study.charts import cost_chart, curve_chart, looks, swatch
+from tunewise.study.page import render, script, write_page
 
 __all__ = ["run_report", "write_report"]
 
@@ -37,33 +37,27 @@ def write_report(
     runs   one dict per run: `name`, `metrics` (the lines of metrics.jsonl), `settings` (a dict)
     notes  sentences that the reader should know
     """
-    from jinja2 import Environment, PackageLoader
-
-    from tunewise import __version__
-
     # One order for all charts, so that a method has the same colour everywhere.
     names = list(
         dict.fromkeys(
             [str(r["method"]) for r in rows if r.get("trainable") != 0] + [str(r["name"]) for r in runs]
         )
     )
-    environment = Environment(
-        loader=PackageLoader("tunewise.study", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
+        [script("sort.js")],
         title=title,
         verdict=verdict(rows, metric, higher_is_better),
         **_table(rows, metric, higher_is_better),
         charts=_charts(rows, runs, metric, names),
-        legend=[{"name": name, "swatch": swatch(i)} for i, name in enumerate(names)]
+        legend=[{"name": name, "swatch": swatch(look)} for name, look in looks(names).items()]
         if len(names) > 1
         else [],
         notes=list(notes),
         command=command,
         settings=[{"title": r["name"], "pairs": _flat(r["settings"])} for r in runs if r.get("settings")],
-        version=__version__,
     )
-    return _write(Path(path), page)
+    return write_page(Path(path), page)
 
 
 def run_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
@@ -127,37 +121,20 @@ def _command(run: Row, identity: Row, method: str) -> str | None:
     return shlex.join(words)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _table(rows: Sequence[Row], metric: str, higher_is_better: bool) -> dict[str, Any]:
-    costs = [key for key in COST if any(_finite(row.get(key)) for row in rows)]
+    costs = [key for key in COST if any(finite(row.get(key)) for row in rows)]
     columns = [{"title": "method", "numeric": False}, {"title": metric, "numeric": True}]
     columns += [{"title": COST[key][0], "numeric": True} for key in costs]
-    values = [row[metric] for row in rows if _finite(row.get(metric))]
+    values = [row[metric] for row in rows if finite(row.get(metric))]
     best = (max if higher_is_better else min)(values, default=None)
     shown = []
     for row in rows:
-        cells = [{"text": row["method"], "value": row["method"], "numeric": False}]
-        cells.append(_cell(row.get(metric), score, _range(row, metric)))
-        cells += [_cell(row.get(key), COST[key][1]) for key in costs]
+        cells = [text_cell(row["method"])]
+        cells.append(number_cell(row.get(metric), score, interval(row, metric)))
+        cells += [number_cell(row.get(key), COST[key][1]) for key in costs]
         is_best = best is not None and len(rows) > 1 and row.get(metric) == best
-        shown.append({"cells": cells, "best": is_best})
+        shown.append({"cells": cells, "class": "best" if is_best else ""})
     return {"columns": columns, "rows": shown}
-
-
-def _cell(value: Any, write: Any, interval: str = "") -> dict[str, Any]:
-    if not _finite(value):
-        return {"text": "", "value": "", "numeric": True}
-    return {"text": write(value), "value": repr(value), "numeric": True, "range": interval}
-
-
-def _range(row: Row, metric: str) -> str:
-    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    if low is None or high is None or not (_finite(low) and _finite(high)):
-        return ""
-    return f"{score(low)} to {score(high)}"
 
 
 def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str, names: list[str]) -> list[dict[str, str]]:
@@ -172,7 +149,7 @@ def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str, names: list[s
             {"name": str(run["name"]), "step": line["step"], "value": line[key]}
             for run in runs
             for line in run.get("metrics") or ()
-            if _finite(line.get(key)) and _finite(line.get("step"))
+            if finite(line.get(key)) and finite(line.get("step"))
         ]
         if len(points) > len({p["name"] for p in points}):
             svg = curve_chart(points, axis, names, most)
@@ -187,7 +164,7 @@ def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str, names: list[s
                 "high": r.get(f"{metric}_high"),
             }
             for r in rows
-            if str(r["method"]) in names and _finite(r.get(key)) and r[key] > 0 and _finite(r.get(metric))
+            if str(r["method"]) in names and finite(r.get(key)) and r[key] > 0 and finite(r.get(metric))
         ]
         if len(dots) > 2:
             svg = cost_chart(dots, words, metric, names)
@@ -207,14 +184,3 @@ def _flat(values: Row, prefix: str = "") -> list[tuple[str, str]]:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             found.append((f"{prefix}{key}", text))
     return found
-
-
-def _write(path: Path, page: str) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"The report {path} cannot be written: {error.strerror}.") from None
-    return path

@@ -36,7 +36,10 @@ class Store:
 
     @classmethod
     def open(cls, folder: str | Path, identity: Mapping[str, Any]) -> Store:
-        """Starts a study, or goes on with the one of the same identity; its running trials wait again."""
+        """Starts a study, or goes on with the one of the same identity; its running trials wait again.
+
+        A folder in which nothing was tried yet may get another identity.
+        """
         folder = Path(folder)
         if (folder / "run.json").is_file():
             raise UserError(f"{folder} already holds a run, which is no study: choose another --out.")
@@ -90,13 +93,17 @@ class Store:
             if not run("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
                 for statement in SCHEMA:
                     run(statement)
-                facts = {"format": FORMAT, "identity": identity, "created": time.time()}
-                for key, value in facts.items():
-                    run("INSERT INTO meta VALUES (?, ?)", (key, to_json(value)))
+                self._name(run, identity)
                 return
         self._check_format()
         different = first_difference(self.identity, identity)
         if different is not None:
+            if not self._rows("SELECT 1 FROM trials WHERE cost > 0 OR status IN ('done', 'running')"):
+                with self._write() as run:  # a plan that was given up before anything was tried
+                    for name in ("trials", "events", "meta"):
+                        run(f"DELETE FROM {name}")
+                    self._name(run, identity)
+                return
             key, old, new = different
             raise UserError(
                 f"{self.folder} holds a study with another {key}: it was started with {short(old)}, not "
@@ -106,6 +113,11 @@ class Store:
             lost = [row["id"] for row in run("SELECT id FROM trials WHERE status = 'running'")]
             run("UPDATE trials SET status = 'waiting' WHERE status = 'running'")
             self.event("reopened", f"Trials that were running and wait again: {len(lost)}.", trials=lost)
+
+    @staticmethod
+    def _name(run: Any, identity: dict[str, Any]) -> None:
+        for key, value in {"format": FORMAT, "identity": identity, "created": time.time()}.items():
+            run("INSERT INTO meta VALUES (?, ?)", (key, to_json(value)))
 
     def _check_format(self) -> None:
         found = self.get("format")

@@ -24,7 +24,7 @@ from typing import Any, TextIO, TypeVar
 
 from tunewise.core.errors import RunError, UserError
 
-__all__ = ["find_function", "main", "report", "shared"]
+__all__ = ["failure", "find_function", "forget", "main", "report", "shared"]
 
 KEPT = 2
 T = TypeVar("T")
@@ -56,6 +56,11 @@ def shared(key: Hashable, make: Callable[[], T]) -> T:
     return found
 
 
+def forget() -> None:
+    """Drops what `shared` keeps."""
+    _kept.clear()
+
+
 def find_function(call: str, allowed: Collection[str] = ()) -> FunctionType:
     """The function `package.module:function`; raises `UserError` for one that no job may call."""
     module, _, name = call.partition(":")
@@ -80,7 +85,7 @@ def _send(message: Mapping[str, Any]) -> None:
         _channel.flush()
 
 
-def _failure(error: BaseException) -> dict[str, str]:
+def failure(error: BaseException) -> dict[str, str]:
     """What kind of failure it is, and one line that says why."""
     text = " ".join(str(error).split())[:500]
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -105,8 +110,8 @@ def _run(order: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:
         return {"kind": "done", "value": value}
     except BaseException as error:  # also SystemExit: a job ends, its worker stays
         traceback.print_exc()
-        _kept.clear()
-        return _failure(error)
+        forget()
+        return failure(error)
 
 
 def _tidy() -> None:

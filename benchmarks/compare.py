@@ -1,0 +1,157 @@
+"""What a comparison within a budget loses against a long search, on the same test rows.
+
+    python benchmarks/compare.py reviews repeat --times 3     # `compare minilm reviews --budget 30m`, three times
+    python benchmarks/compare.py reviews reference            # every rate of every method to the end, three seeds
+    python benchmarks/compare.py reviews summary              # writes benchmarks/results/compare_reviews.json
+    (the same with `peptides`)
+
+Everything is resumable: studies stand in the folder --work, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tunewise as tw
+from tunewise.core.checkpoint import write_json
+from tunewise.core.method import read_recipe
+from tunewise.machine import environment
+from tunewise.study.portfolio import prior, rates, read_methods
+from tunewise.study.row_scores import TestRows
+from tunewise.study.schedule import MEASURE
+from tunewise.study.statistics import best_of, interval, paired_difference
+from tunewise.study.store import Store
+
+RESULTS = Path(__file__).parent / "results"
+METRIC = "accuracy"
+CASES: dict[str, dict[str, Any]] = {
+    "reviews": {"model": "minilm", "budget": "30m", "steps": 189},
+    "peptides": {"model": "tiny-roberta", "budget": "10m", "steps": 282},
+}
+DEFAULT = "lora(rank=8)"
+"""LoRA again, under another name, at its default rate."""
+LONG = "24h"
+
+
+def repeat(case: dict[str, Any], data: str, work: Path, times: int) -> None:
+    """Studies with other seeds each; a finished one is not run again."""
+    for number in range(times):
+        folder = work / f"{data}-{number}"
+        if (folder / "done.json").is_file():
+            continue
+        start = time.monotonic()
+        study = tw.compare(
+            case["model"], data, budget=case["budget"], seed=100 * number, out=folder, say=print
+        )
+        wall = time.monotonic() - start
+        write_json(folder / "done.json", {"wall": wall, "decision": study.decision})
+
+
+def reference(case: dict[str, Any], data: str, work: Path) -> None:
+    """Each rate of each method with seed 0, then the best rate of each with seeds 1 and 2, all to the end."""
+    names = read_methods("default", "classification")
+    priors = {name: prior(read_recipe(name)) for name in names}
+    grid = [
+        {"method": name, "lr": lr, "seed": 0, "steps": case["steps"] if lr else 0}
+        for name in names
+        for lr in rates(priors[name], 3)
+    ]
+    first = tw.compare(case["model"], data, trials=grid, budget=LONG, out=work / f"{data}-grid", say=print)
+    chosen = {row["method"]: row["lr"] for row in first.findings["rows"] if row["kind"] == "tuned"}
+    more = [
+        {"method": name, "lr": lr, "seed": seed, "steps": case["steps"]}
+        for name, lr in chosen.items()
+        if lr is not None
+        for seed in (1, 2)
+    ]
+    default = prior(read_recipe("lora"))[1]
+    more += [{"method": DEFAULT, "lr": default, "seed": seed, "steps": case["steps"]} for seed in range(3)]
+    tw.compare(case["model"], data, trials=more, budget=LONG, out=work / f"{data}-seeds", say=print)
+
+
+def scores(folders: list[Path]) -> dict[str, np.ndarray]:
+    """method -> right or wrong `[seeds, rows]` of everything that the studies measured on the test rows."""
+    found: dict[str, list[np.ndarray]] = {}
+    for folder in folders:
+        with Store.read(folder) as store:
+            reader = TestRows(store, store.get("facts"))
+            for trial in store.trials("done"):
+                if trial.rung == MEASURE:
+                    found.setdefault(trial.method, []).append(np.asarray(reader.scores([trial]))[0])
+    return {name: np.stack(rows) for name, rows in found.items()}
+
+
+def summary(case: dict[str, Any], data: str, work: Path) -> dict[str, Any]:
+    """Per repeat: what was chosen, its regret, and how it stands to LoRA at its default rate."""
+    from scipy.stats import kendalltau
+
+    long = scores([work / f"{data}-grid", work / f"{data}-seeds"])
+    default = long.pop(DEFAULT)
+    best = best_of(long)
+    found: dict[str, Any] = {
+        "case": {**case, "data": data},
+        "environment": environment(),
+        "reference": {
+            name: {"accuracy": float(rows.mean()), "seeds": len(rows)} for name, rows in long.items()
+        },
+        "reference_best": best,
+        "default_lora": {"accuracy": float(default.mean()), "seeds": len(default)},
+        "repeats": [],
+    }
+    for folder in sorted(work.glob(f"{data}-[0-9]")):
+        if not (folder / "done.json").is_file():
+            continue
+        study = tw.Study(folder)
+        own = scores([folder])
+        chosen = study.findings["choice"]["method"]
+        regret = paired_difference(long[best], own[chosen])
+        against = paired_difference(own[chosen], default)
+        both = [name for name in own if name in long and name in read_methods()]
+        tau = kendalltau([own[n].mean() for n in both], [long[n].mean() for n in both])
+        tuned = [r for r in study.findings["rows"] if r["kind"] == "tuned" and r.get(METRIC) is not None]
+        value = interval(own[chosen])
+        found["repeats"].append(
+            {
+                "wall_seconds": json.loads((folder / "done.json").read_text())["wall"],
+                "budget_seconds": study.findings["spent"]["budget"],
+                "methods_finished": len(tuned),
+                "chosen": chosen,
+                "accuracy": [value.value, value.low, value.high],
+                "regret": [regret.difference, regret.low, regret.high],
+                "minus_default_lora": [against.difference, against.low, against.high],
+                "kendall_tau": float(tau.statistic),
+                "rows": [{k: r.get(k) for k in ("method", "lr", "seeds", METRIC, "steps")} for r in tuned],
+                "decision": study.decision,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", choices=CASES)
+    parser.add_argument("part", choices=("repeat", "reference", "summary"))
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("studies"))
+    options = parser.parse_args()
+    case = CASES[options.data]
+    if options.part == "repeat":
+        repeat(case, options.data, options.work, options.times)
+    elif options.part == "reference":
+        reference(case, options.data, options.work)
+    else:
+        found = summary(case, options.data, options.work)
+        write_json(RESULTS / f"compare_{options.data}.json", found)
+        print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""h_k(row) is computed once: what stays frozen below a recipe's lowest change is kept for every step and trial."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunewise.core.adaptation import handles
+from tunewise.core.checkpoint import get_rng, set_rng
+from tunewise.core.forward import forward_of
+from tunewise.core.run import Run
+
+from .frozen import Frozen, find_frozen, row_keys
+
+__all__ = ["Features", "frozen_features"]
+
+MOST = 64
+"""Positions of an answer that are compared."""
+Store = MutableMapping[tuple[bytes, bytes], Tensor]
+
+
+class _Reached(Exception):
+    """The last frozen block has answered; the rest of the pass is not needed."""
+
+
+class _Served:
+    """Stands in for the forward of one frozen block."""
+
+    def __init__(self, owner: Features, index: int, base: Callable[..., Any]) -> None:
+        self.owner, self.index, self.base = owner, index, base
+        self.__signature__ = inspect.signature(base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.owner.collected is not None:
+            return self.owner.collect(self.index, self.base(*args, **kwargs))
+        if self.owner.states is not None:
+            given = args[0] if args else kwargs["hidden_states"]
+            hidden = self.owner.states.get(self.index, given)
+            return (hidden, *[None] * (self.owner.tupled - 1)) if self.owner.tupled else hidden
+        return self.base(*args, **kwargs)
+
+
+class Features:
+    """What a run gets from the store, and why not more.
+
+    blocks    leading blocks whose states are served; 0: nothing is
+    reason    one sentence that says why nothing (or no more) is served, None if all blocks are
+    served    rows taken from the store so far; computed: rows that went through the frozen blocks
+    """
+
+    def __init__(self, run: Run, store: Store, limit_bytes: int) -> None:
+        self.run, self.store, self.limit = run, store, limit_bytes
+        self.served, self.computed = 0, 0
+        self.collected: dict[int, Tensor] | None = None
+        self.states: dict[int, Tensor] | None = None
+        self.tupled, self.padded = 0, False
+        self.used = sum(value.nbytes for value in store.values())
+        self.active = _active(run)
+        takes = inspect.signature(run.model.forward).parameters
+        # A cache without the skipped blocks' keys would be wrong for whoever goes on from it.
+        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+        self.frozen = Frozen()
+        with _quiet(run.model):
+            self._decide()
+
+    @property
+    def blocks(self) -> int:
+        """How many leading blocks are served."""
+        return len(self.frozen.blocks)
+
+    @property
+    def reason(self) -> str | None:
+        """Why no more blocks are served."""
+        return self.frozen.reason
+
+    def _decide(self) -> None:
+        rows = sorted((e for part in self.run.streams.data.values() for e in part), key=_length)
+        if self.run.task is None or not rows:
+            self.frozen = Frozen(reason="The run has no rows to try it with.")
+            return
+        alone, both = self.run.collate([rows[0]]), self.run.collate([rows[0], rows[-1]])
+        self.frozen = find_frozen(self.run.model, both.inputs)
+        if not self.blocks:
+            return
+        mask = both.inputs.get("attention_mask")
+        self.padded = mask is not None and not bool(mask.all())
+        real = self._answer(both)
+        with self.installed():
+            reason = self._differs(alone, both, real)
+        self.served = self.computed = 0
+        if reason is not None:
+            self.frozen = Frozen(reason=reason)
+
+    def _answer(self, batch: Any) -> list[Tensor]:
+        """What the head and the objectives see of a batch, at the positions that are no padding."""
+        logits, outputs = self.run.forward(batch)
+        mask = batch.inputs.get("attention_mask")
+        found = [logits, *(v for v in (getattr(outputs, "last_hidden_state", None),) if v is not None)]
+        same = mask is not None and all(v.shape[:2] == mask.shape for v in found if v.dim() == 3)
+        found = [v[mask.bool()] if same and v.dim() == 3 else v for v in found]
+        return [v[:: max(1, len(v) // MOST)] for v in found]  # tokens by words is a large table
+
+    def _differs(self, alone: Any, both: Any, real: list[Tensor]) -> str | None:
+        """Tries kept states on two rows: a row's states must not depend on the rows beside it, and the model
+        must give the same answers with them.
+        """
+        try:
+            one, two = self._compute(alone.inputs), self._compute(both.inputs)
+            if any(value.dim() != 3 for value in two.values()):
+                return "Its blocks do not give hidden states of shape [rows, tokens, width]."
+            masks = [batch.inputs.get("attention_mask") for batch in (alone, both)]
+            for index, value in two.items():
+                first = value[0] if masks[1] is None else value[0][masks[1][0].bool()]
+                before = one[index][0] if masks[0] is None else one[index][0][masks[0][0].bool()]
+                if not _close(before, first):
+                    return "The hidden states of a row depend on the rows that share its batch."
+            answers = self._answer(both)
+        except Exception as error:  # whatever a foreign model does with kept states, the run goes on without
+            return f"The model does not run on kept states ({type(error).__name__}: {error})."
+        if not all(_close(a, b) for a, b in zip(real, answers, strict=True)):
+            return "The model answers differently on kept states: more than hidden states goes up its blocks."
+        return None
+
+    def collect(self, index: int, result: Any) -> Any:
+        """Notes a block's output; after the last frozen block the pass ends."""
+        assert self.collected is not None
+        self.tupled = len(result) if isinstance(result, tuple) else 0
+        if self.tupled and any(value is not None for value in result[1:]):
+            raise TypeError("its blocks give more than hidden states")
+        if index in self.frozen.needed:
+            self.collected[index] = result[0] if self.tupled else result
+        if index == self.blocks - 1:
+            raise _Reached
+        return result
+
+    def _compute(self, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
+        """States of the needed blocks `[rows, tokens, width]`, in evaluation mode and without a graph."""
+        modes = {module: module.training for module in self.run.model.modules()}
+        self.run.model.eval()
+        self.collected = {}
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self.run.model(**inputs, **self.options)
+        except _Reached:
+            return self.collected
+        finally:
+            self.collected = None
+            for module, mode in modes.items():
+                module.training = mode
+        raise RuntimeError("the last frozen block was not called")
+
+    def outputs(self, batch: Any) -> Any:
+        """`Run.outputs`, with the frozen blocks' states served."""
+        keys = row_keys(batch.inputs, self.padded) if _active(self.run) <= self.active else None
+        if keys is None:
+            return Run.outputs(self.run, batch)
+        self.states = self._states(batch.inputs, keys)
+        try:
+            return self.run.model(**batch.inputs, **self.options)
+        finally:
+            self.states = None
+
+    def _states(self, inputs: dict[str, Tensor], keys: list[bytes]) -> dict[int, Tensor]:
+        precision = _precision(self.run.device)
+        marks = {index: self.frozen.marks[index] + precision for index in self.frozen.needed}
+        missing = [i for i, key in enumerate(keys) if any((m, key) not in self.store for m in marks.values())]
+        mask = inputs.get("attention_mask")
+        rows = {index: [self.store.get((mark, key)) for key in keys] for index, mark in marks.items()}
+        if missing:
+            at = torch.tensor(missing, device=self.run.device)
+            fresh = self._compute({name: value[at] for name, value in inputs.items()})
+            for index, states in fresh.items():
+                for place, i in enumerate(missing):
+                    rows[index][i] = states[place] if mask is None else states[place][mask[i].bool()]
+            self._keep({marks[n]: {keys[i]: rows[n][i] for i in missing} for n in marks})
+        self.computed += len(missing)
+        self.served += len(keys) - len(missing)
+        return {index: _padded(values, mask, self.run.device) for index, values in rows.items()}
+
+    def _keep(self, new: dict[bytes, dict[bytes, Any]]) -> None:
+        """Rows go into the store, all their depths together, until it is full."""
+        for key in next(iter(new.values())):
+            group = {
+                (mark, key): states[key] for mark, states in new.items() if (mark, key) not in self.store
+            }
+            size = sum(value.nbytes for value in group.values())
+            if self.used + size > self.limit:
+                return
+            self.store.update({k: value.detach().to("cpu", copy=True) for k, value in group.items()})
+            self.used += size
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The frozen blocks and the run ask here first, for the time of a `with` block."""
+        served = []
+        for index, block in enumerate(self.frozen.blocks):
+            inner = forward_of(block)
+            served.append(_Served(self, index, block.forward if inner is None else inner.base))
+            if inner is None:
+                block.__dict__["forward"] = served[-1]
+            else:
+                inner.base = served[-1]
+        self.run.__dict__["outputs"] = self.outputs
+        try:
+            yield
+        finally:
+            del self.run.__dict__["outputs"]
+            for block, one in zip(self.frozen.blocks, served, strict=True):
+                _remove(block, one)
+
+
+@contextmanager
+def frozen_features(run: Run, store: Store, *, limit_bytes: int) -> Iterator[Features]:
+    """With h_k the states after the k blocks below a recipe's lowest change, `run` gets h_k(row) from `store`.
+
+    The k blocks are the same in every step, epoch and trial, so they run once per row, in evaluation mode also
+    while training; equal up to rounding to computing them anew (`limit_bytes=0` keeps nothing and does just
+    that). `store` is a plain dict that outlives the trial; its entries name the weights, the depth, the
+    precision and the encoded row, so trials on several models may share it. Where equal results are not
+    certain nothing is served, and `reason` of the yielded `Features` says why. The model must not be changed
+    below the recipe's sites inside the `with` block; on leaving it, the model is what it was.
+    """
+    features = Features(run, store, limit_bytes)
+    if not features.blocks:
+        yield features
+        return
+    with features.installed():
+        yield features
+
+
+def _active(run: Run) -> set[Any]:
+    return {handle for handle in handles(run.model).values() if handle.active}
+
+
+def _length(example: dict[str, Any]) -> int:
+    return int(example.get("length", 0))
+
+
+def _precision(device: torch.device) -> bytes:
+    kind = device.type
+    return f"{kind} {torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ''}".encode()
+
+
+def _padded(rows: list[Any], mask: Tensor | None, device: torch.device) -> Tensor:
+    if mask is None:
+        return torch.stack([row.to(device) for row in rows])
+    flat = torch.cat([row.to(device) for row in rows])
+    whole = flat.new_zeros(*mask.shape, flat.shape[-1])
+    whole[mask.bool()] = flat
+    return whole
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to what the order of sums does in this precision."""
+    if a.shape != b.shape:
+        return False
+    bound = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().mean() <= bound * a.abs().mean())
+
+
+def _remove(block: nn.Module, served: _Served) -> None:
+    """Somebody may have been installed above or taken away from above since."""
+    inner = forward_of(block)
+    if inner is not None and inner.base is served:
+        inner.base = served.base
+    elif block.__dict__.get("forward") is served:
+        if getattr(served.base, "__func__", None) is type(block).forward:
+            del block.__dict__["forward"]
+        else:
+            block.__dict__["forward"] = served.base
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Trying leaves no trace: evaluation mode, no gradients, the random state kept."""
+    modes, state = {module: module.training for module in model.modules()}, get_rng()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        set_rng(state)
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,255 @@
+"""`compare`: many methods on one model and one data set, within a budget, on the same footing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunewise.core.checkpoint import write_text
+from tunewise.core.errors import RunError, UserError
+from tunewise.prepare import Data, default_sizes, prepare_data
+from tunewise.study.budget import Clock, parse_memory, parse_time
+from tunewise.study.commons import Objects, objects, write_brief
+from tunewise.study.conduct import Conductor
+from tunewise.study.facts import write_facts
+from tunewise.study.halving import Plan
+from tunewise.study.planning import conductor_of, halving_plan
+from tunewise.study.portfolio import BASELINES, read_methods
+from tunewise.study.prefer import parse_prefer
+from tunewise.study.schedule import MEASURE, fixed_list
+from tunewise.study.setup import Setup, find_machine
+from tunewise.study.store import Store
+from tunewise.study.study import Study, conclude
+
+__all__ = ["compare"]
+
+Say = Callable[[str], None]
+CACHE = 2**30  # bytes of frozen features that a worker keeps, at most
+SEEDS = 3  # times as many seeds as were asked for, at most, where time is left
+
+
+def compare(
+    model: Any,
+    data: Any,
+    *,
+    methods: Any = "default",
+    budget: Any = "10m",
+    memory: Any = None,
+    seeds: int = 3,
+    prefer: str = "quality",
+    out: str | Path | None = None,
+    task: Any = None,
+    train: Any = None,
+    valid: Any = None,
+    test: Any = None,
+    text_column: Any = None,
+    label_column: str | None = None,
+    metric: Any = None,
+    general: Any = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+    options: dict[str, Any] | None = None,
+    trials: Sequence[Mapping[str, Any]] | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    tokenizer: Any = None,
+    say: Say | None = None,
+    progress: bool = False,
+) -> Study:
+    """Tunes every method's learning rate fairly, measures the best on the test rows, and chooses among them.
+
+    methods   "default" (about ten), "all", "a, b, lora(rank=4)", or a list of names, recipes and methods
+    budget    time for everything, "30m"; memory for everything at any moment, "4GB"
+    seeds     of the finalists; `prefer` chooses on the Pareto front: "quality", "quality within 1%, then memory"
+    out       folder of the study; the same call again goes on where it stopped. Default: a new temporary folder
+    general   data whose text shows what is forgotten; default: news sentences
+    trials    dicts (method, lr, seed, steps) to run instead of tuning; workers: processes side by side
+    dry_run   plans, says what each method would get, and stops
+    The other arguments are those of `tune`. Gives a `Study` with .table .front .best .decision .report.
+    Raises `UserError` for bad input, and where the budget is too small for the methods before anything is tuned.
+    """
+    say = say or (lambda sentence: None)
+    clock_start = Clock(parse_time(budget))
+    if isinstance(model, tuple):
+        model, tokenizer = model
+    parse_prefer(prefer)
+    if seeds < 1:
+        raise UserError(f"seeds={seeds} is not valid: at least 1.")
+    given = {"batch_size": batch_size, "dtype": dtype}
+    given = {k: v for k, v in given.items() if v is not None} | (options or {})
+    machine = find_machine(device, None if memory is None else parse_memory(memory), workers)
+    rows = prepare_data(
+        data,
+        task=task,
+        train=train,
+        valid=valid,
+        test=test,
+        text_column=text_column,
+        metric=metric,
+        label_column=label_column,
+        max_length=max_length,
+        skip_bad_rows=skip_bad_rows,
+        say=say,
+    )
+    if not rows.splits.valid:
+        raise UserError("A comparison chooses by validation rows, and there are none: give --valid.")
+    settings = {**default_sizes(rows.task.name, machine.device.type), **given}
+    names, own, trials = _methods(methods, rows.task.name, trials)
+    folder = _folder(out, say)
+    held = _objects(model, tokenizer, rows, task, metric, own)
+    identity = {
+        "model": str(model) if held.model is None else type(model).__name__,
+        "data": rows.sha256,
+        "task": rows.task.describe(),
+        "methods": names,
+        "budget": clock_start.budget,
+        "memory": machine.memory,
+        "seeds": seeds,
+        "seed": seed,
+        "settings": settings,
+        "trials": trials,
+    }
+    with Store.open(folder, identity) as store:
+        clock = Clock(clock_start.budget, before=float(store.get("spent", 0.0)))
+        clock.start = clock_start.start
+        where = str(folder)
+        objects[where] = held
+        write_brief(
+            folder,
+            rows,
+            model=None if held.model is not None else str(model),
+            settings=settings,
+            device=str(machine.device),
+            general=_general(general, folder),
+            cache_bytes=min(CACHE, machine.limit // 4) if machine.limit else CACHE,
+        )
+        named = {
+            "task": task,
+            "train": train,
+            "valid": valid,
+            "test": test,
+            "text_column": text_column,
+            "label_column": label_column,
+            "metric": metric,
+            "max_length": max_length,
+            "device": None if device == "auto" else device,
+            "skip_bad_rows": skip_bad_rows or None,
+        }
+        named = {key: value for key, value in named.items() if value is not None}
+        known = (model if held.model is None else None, data)
+        write_facts(store, identity, rows, settings, prefer, machine, known, named)
+        fixed = fixed_list(trials) if trials is not None else None
+        inline = any((held.model is not None, held.task is not None, held.methods))
+        with Setup(store, machine, clock, names, settings, say, inline) as setup:
+            schedule = fixed or halving_plan(setup, rows, clock, seeds, seed, settings)
+            say(schedule.describe())
+            store.set("plan", schedule.describe().split("\n"))
+            if dry_run:
+                return Study(folder)
+            conductor = conductor_of(setup, schedule, clock, rows, settings)
+            return _carry_out(conductor, setup, store, say, progress)
+
+
+def _methods(given: Any, task: str, trials: Any) -> tuple[list[str], dict[str, Any], Any]:
+    """(names, methods by name that were given as objects, trials with names alone)."""
+    own: dict[str, Any] = {}
+
+    def name_of(item: Any) -> Any:
+        if isinstance(item, str):
+            return item
+        from tunewise.core.method import read_recipe
+
+        same = [name for name, known in own.items() if known is item]
+        name = read_recipe(item).name
+        while not same and name in own:
+            name += "'"
+        own[name] = own.get(name, item)
+        return same[0] if same else name
+
+    if trials is not None:
+        named = [{**t, "method": name_of(t.get("method"))} if isinstance(t, Mapping) else t for t in trials]
+        fixed = fixed_list(named)
+        return list(dict.fromkeys(trial.method for trial in fixed.trials)), own, named
+    items = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    names = [name_of(item) for item in items]
+    texts = [name for name in names if name not in own]
+    return list(dict.fromkeys([*read_methods(texts, task), *own])) if texts else list(own), own, None
+
+
+def _general(given: Any, folder: Path) -> str | None:
+    """The file of the user's general text: read now, so that a wrong name is not found out at the end."""
+    if given is None:
+        return None
+    from tunewise.data import read_rows
+
+    rows = read_rows(given).rows
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    write_text(folder / "data" / "general.jsonl", "".join(lines))
+    return str(folder / "data" / "general.jsonl")
+
+
+def _folder(out: str | Path | None, say: Say) -> Path:
+    if out is not None:
+        return Path(out)
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="tunewise-study-"))
+    say(f"The study is kept in {folder}.")
+    return folder
+
+
+def _objects(model: Any, tokenizer: Any, rows: Data, task: Any, metric: Any, own: dict[str, Any]) -> Objects:
+    """What cannot be sent to a worker process."""
+    import torch
+
+    is_object = isinstance(model, torch.nn.Module)
+    if is_object and tokenizer is None:
+        raise UserError(
+            "A model given as an object needs its tokenizer: compare((model, tokenizer), ...) or tokenizer=."
+        )
+    mine = callable(metric) or (task is not None and not isinstance(task, str))
+    return Objects(model if is_object else None, tokenizer, rows.task if mine else None, own)
+
+
+def _carry_out(conductor: Conductor, setup: Setup, store: Store, say: Say, progress: bool) -> Study:
+    from tunewise.study.live import Live
+
+    with Live(store, conductor, progress) as live:
+        conductor.watch = live.watch
+        try:
+            begun = conductor.clock.spent
+            store.set("stages", {**store.get("stages", {}), "setup": store.get("setup_seconds", begun)})
+            conductor.tune()
+            tuned = conductor.clock.spent
+            conductor.measure(setup.waiting(BASELINES.get(store.get("facts")["task"], ())))
+            if (
+                isinstance(conductor.schedule, Plan)
+                and conductor.schedule.length < conductor.schedule.most_steps
+            ):
+                conductor.more_seeds(SEEDS * conductor.schedule.seeds)
+            spent = conductor.clock.spent
+            stages = store.get("stages")
+            for name, seconds in (("tuning", tuned - begun), ("measuring", spent - tuned)):
+                stages[name] = stages.get(name, 0.0) + seconds
+            store.set("stages", stages)
+            store.set("spent", spent)
+        except KeyboardInterrupt:
+            setup.pool.close()
+            for row in store.trials("running"):
+                store.requeue(row.id, "stopped by hand")
+            store.set("spent", conductor.clock.spent)
+            study = conclude(store)
+            for sentence in study.decision:
+                say(sentence)
+            raise KeyboardInterrupt(str(study.report)) from None
+    study = conclude(store)
+    if not any(t.status == "done" and t.rung != MEASURE for t in store.trials()):
+        reasons = list(dict.fromkeys(str(t.reason) for t in store.trials("failed")))
+        raise RunError(f"No trial of the study ended well: {'; '.join(reasons[:3])}.")
+    return study

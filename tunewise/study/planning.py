@@ -1,0 +1,85 @@
+"""From measured speeds to a plan that keeps the budget, and to the conductor that carries it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunewise.prepare import Data
+from tunewise.study.budget import Clock
+from tunewise.study.conduct import Conductor
+from tunewise.study.halving import Arm, Plan
+from tunewise.study.portfolio import BASELINES, prior
+from tunewise.study.schedule import Fixed, Schedule
+from tunewise.study.setup import Setup
+from tunewise.study.store import Store
+
+__all__ = ["KEPT", "conductor_of", "halving_plan"]
+
+KEPT = ("lora", "full")
+"""Trained to the end whatever their rank: what everyone uses, and what everyone compares with."""
+
+
+def halving_plan(
+    setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int, settings: dict[str, Any]
+) -> Schedule:
+    """Successive halving over the methods that ran, at the speeds that were measured."""
+    speeds = setup.speeds()
+    valid = len(rows.splits.valid)
+    arms = []
+    for name, s in speeds.items():
+        known = prior(setup.recipe(name)) if s["steps"] else ()
+        look = s["row"] * valid
+        over = s["solve"] + look + setup.LEAST if not s["steps"] else 2 * look + setup.LEAST
+        arms.append(Arm(name, known, s["step"], over, keep=name in KEPT))
+    waiting = setup.waiting(BASELINES.get(rows.task.name, ()))
+    trained = sum(1 for arm in arms if arm.prior)
+    finalists = min(trained, 8)
+    further = -(-finalists // 3) * (seeds - 1)
+    each = [setup.measuring(name, rows) for name in speeds]
+    mean = sum(each) / len(each)
+    total = mean * (len(arms) - trained + finalists + further + 1) + sum(waiting.values())
+    after = store_once(setup.store, "reserve", total / setup.machine.workers + setup.REPORT)
+    before = store_once(setup.store, "setup_seconds", clock.spent)
+    return Plan(
+        arms,
+        budget=clock.budget,
+        rows=len(rows.splits.train),
+        batch_size=settings["batch_size"],
+        seeds=seeds,
+        seed=seed,
+        workers=setup.machine.workers,
+        reserve=before + after,
+    )
+
+
+def store_once(store: Store, key: str, value: Any) -> Any:
+    """What the study decided when it first came here; a study that goes on keeps to it."""
+    if store.get(key) is None:
+        store.set(key, value)
+    return store.get(key)
+
+
+def conductor_of(
+    setup: Setup, schedule: Schedule, clock: Clock, rows: Data, settings: dict[str, Any]
+) -> Conductor:
+    epoch = -(-len(rows.splits.train) // settings["batch_size"])
+    warm = 0
+    if isinstance(schedule, Plan):
+        first = schedule.lengths(schedule.length)[0]
+        warm = max(1, min(round(0.06 * schedule.length), first // 3))
+    elif isinstance(schedule, Fixed):
+        warm = max(1, round(0.06 * min((t.steps for t in schedule.trials if t.steps), default=1)))
+    return Conductor(
+        setup.store,
+        setup.pool,
+        clock,
+        schedule,
+        workers=setup.machine.workers,
+        batch=min(settings.get("micro_batch") or settings["batch_size"], settings["batch_size"]),
+        reserve=setup.store.get("reserve", 0.0),
+        higher_is_better=rows.task.higher_is_better,
+        warmup_steps=store_once(setup.store, "warmup_steps", warm),
+        steps_per_epoch=epoch,
+        speeds=setup.known,
+        measuring=lambda name: setup.measuring(name, rows),
+    )

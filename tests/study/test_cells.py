@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunewise.study.cells import amount, duration, megabytes, score, size, verdict
+from tunewise.study.cells import amount, duration, headline, megabytes, score, size
 from tunewise.study.charts import BASELINE_SHAPES, PALETTE, SHAPES, cost_chart, curve_chart, looks, swatch
 
 
@@ -38,17 +38,17 @@ def row(name: str, value: float, trainable: int, half: float = 0.01) -> dict[str
     return {"method": name, "m": value, "m_low": value - half, "m_high": value + half, "trainable": trainable}
 
 
-def test_verdict_names_a_cheaper_equal_one() -> None:
+def test_headline_names_a_cheaper_equal_one() -> None:
     rows = [row("full", 0.84, 1000), row("lora", 0.83, 10), row("probe", 0.7, 1)]
-    assert verdict(rows, "m") == (
+    assert headline(rows, "m") == (
         "full has the highest m: 0.840 (0.830 to 0.850). "
         "lora reaches 0.830, too close to tell the two apart, while training only 1 % as many parameters."
     )
 
 
-def test_verdict_stays_silent_about_worse_ones() -> None:
-    assert verdict([row("full", 0.84, 1000), row("probe", 0.7, 1)], "m").count(".") == 4
-    assert verdict([row("a", 2.0, 5), row("b", 1.0, 9)], "m", higher_is_better=False).startswith(
+def test_headline_stays_silent_about_worse_ones() -> None:
+    assert headline([row("full", 0.84, 1000), row("probe", 0.7, 1)], "m").count(".") == 4
+    assert headline([row("a", 2.0, 5), row("b", 1.0, 9)], "m", higher_is_better=False).startswith(
         "b has the lowest m"
     )
 

@@ -17,7 +17,7 @@ __all__ = [
     "score",
     "size",
     "text_cell",
-    "verdict",
+    "headline",
 ]
 
 Row = Mapping[str, Any]
@@ -120,7 +120,7 @@ def _cheapest_equal(best: Row, others: Sequence[Row], metric: str) -> Row | None
     return min(near, key=lambda r: r["trainable"], default=None)
 
 
-def verdict(rows: Sequence[Row], metric: str, higher_is_better: bool = True) -> str:
+def headline(rows: Sequence[Row], metric: str, higher_is_better: bool = True) -> str:
     """One or two sentences: which row is best, and which cheaper one cannot be told apart from it."""
     measured = [r for r in rows if isinstance(r.get(metric), (int, float)) and math.isfinite(r[metric])]
     if not measured:

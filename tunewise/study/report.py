@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewise.core.errors import UserError
-from tunewise.study.cells import COST, finite, interval, number_cell, score, text_cell, verdict
+from tunewise.study.cells import COST, finite, headline, interval, number_cell, score, text_cell
 from tunewise.study.charts import cost_chart, curve_chart, looks, swatch
 from tunewise.study.page import render, script, write_page
 
@@ -47,7 +47,7 @@ def write_report(
         "report.html.jinja",
         [script("sort.js")],
         title=title,
-        verdict=verdict(rows, metric, higher_is_better),
+        verdict=headline(rows, metric, higher_is_better),
         **_table(rows, metric, higher_is_better),
         charts=_charts(rows, runs, metric, names),
         legend=[{"name": name, "swatch": swatch(look)} for name, look in looks(names).items()]

@@ -2,22 +2,26 @@
 
 Rows are drawn with replacement (Efron and Tibshirani 1993; paired: Koehn 2004). Seeds are few: drawing three of them
 with replacement gives intervals that miss one time in five. So their effect comes from a t distribution instead, by
-the random-effects estimate of its size (rows and seeds are crossed: Owen 2007, "The pigeonhole bootstrap").
+the random-effects estimate of its size (rows and seeds are crossed: Owen 2007, "The pigeonhole bootstrap"), which
+the methods of a table share as far as their seeds are alike (`seed_noise.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunewise.core.errors import UserError
+from tunewise.study.seed_noise import SeedNoise, Spread, moderated
 
 __all__ = ["Draws", "Measured", "RowMetric", "mean_score", "resample", "row_count", "with_seeds"]
 
 CHUNK = 2_000_000
+# A variance this small against the squared score is no difference between seeds.
+ROUNDING = 1e-24
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ Measured = np.ndarray | Sequence[Sequence[float]] | RowMetric
 class Draws:
     """Resampled scores of one method: `by_rows` [draws], mean over its seeds, each on other rows.
 
-    seed_variance  of the mean over its seeds; 0 for one seed, which says nothing about others
+    noise  what other seeds would change beside that
     """
 
     value: float
     by_rows: np.ndarray
     seeds: int
-    seed_variance: float
+    noise: SeedNoise
 
 
 def _read(name: str, scores: Measured) -> tuple[Callable[[np.ndarray | None], np.ndarray], np.ndarray | None]:
@@ -93,14 +97,18 @@ def row_count(scores: Measured) -> int:
 
 
 def resample(
-    table: Mapping[str, Measured], draws: int, generator: np.random.Generator | None = None
+    table: Mapping[str, Measured],
+    draws: int,
+    generator: np.random.Generator | None = None,
+    fixed: Collection[str] = (),
 ) -> dict[str, Draws]:
     """score*_m = mean_s score_ms(I*), one I* of row numbers per draw for all methods m; and what their seeds add.
 
     table      name -> scores `[seeds, rows]` or `RowMetric`, all over the same rows in the same order
-    seeds      v_m = max(0, 2 s^2 - E s*^2) / S_m: the variance between the seeds of m less what the choice of rows
-               explains, over their number
+    seeds      the variance s^2 between those of m, of which the choice of rows explains E s*^2 - s^2, moderated
+               over all methods (`moderated`)
     generator  default: seeded by 0, so that equal data give equal results
+    fixed      names in the table of what no seed changes: a single measurement of these has no noise of seeds
     Raises `UserError` for scores that are not finite or not `[seeds, rows]`, fewer than two rows, or unlike rows.
     """
     make = generator or np.random.default_rng(0)
@@ -119,7 +127,13 @@ def resample(
     if 2 * finite.sum() < draws:
         bad = min(joined, key=lambda name: int(np.isfinite(joined[name]).all(axis=1).sum()))
         raise UserError(f"The score of {bad} is not finite for most resamples of the {n} test rows.")
-    return {name: _seeds_apart(read[name][0](None), values[finite]) for name, values in joined.items()}
+    full = {name: read[name][0](None) for name in table}
+    kept = {name: values[finite] for name, values in joined.items()}
+    noises = moderated([_spread(full[name], kept[name], name in fixed) for name in table])
+    return {
+        name: Draws(float(full[name].mean()), kept[name].mean(axis=1), len(full[name]), noise)
+        for name, noise in zip(table, noises, strict=True)
+    }
 
 
 def _same_rows(numbers: Mapping[str, int]) -> int:
@@ -132,30 +146,34 @@ def _same_rows(numbers: Mapping[str, int]) -> int:
     return numbers[first]
 
 
-def _seeds_apart(full: np.ndarray, values: np.ndarray) -> Draws:
-    """full [seeds], values [draws, seeds]. s*^2 holds the effect of rows twice, s^2 once: 2 s^2 - s*^2 holds none."""
-    seeds = len(full)
-    if seeds == 1:
-        return Draws(float(full[0]), values[:, 0], 1, 0.0)
-    between = 2 * float(full.var(ddof=1)) - float(values.var(axis=1, ddof=1).mean())
-    return Draws(float(full.mean()), values.mean(axis=1), seeds, max(0.0, between) / seeds)
+def _spread(full: np.ndarray, values: np.ndarray, fixed: bool) -> Spread:
+    """full [seeds], values [draws, seeds]: s*^2 holds the effect of rows twice, s^2 once."""
+    if len(full) == 1:
+        return Spread(1, fixed=fixed)
+    between, drawn = float(full.var(ddof=1)), float(values.var(axis=1, ddof=1).mean())
+    if max(between, drawn) < ROUNDING * float(full.mean()) ** 2:
+        return Spread(len(full), fixed=fixed)
+    return Spread(len(full), between, max(0.0, drawn - between), fixed)
 
 
 def with_seeds(
     value: float, by_rows: np.ndarray, methods: Sequence[Draws], rows: int, make: np.random.Generator
 ) -> np.ndarray:
-    """value + (by_rows - value + N(0, v_s)) sqrt(f / chi2_f), f = v^2 / (v_rows^2 / (R - 1) + sum v_m^2 / (S_m - 1)).
+    """value + (by_rows - value + N(0, v_s)) sqrt(f / chi2_f), f = v^2 / (v_rows^2 / (R - 1) + sum (own) + shared).
 
     by_rows  [draws] resampled scores, or differences of them, around `value`; v_rows is their variance
-    methods  whose seeds take part: v_m = `seed_variance`, v_s their sum, v = v_rows + v_s
-    The degrees of freedom f are Satterthwaite's (1946): 2 for three seeds that outweigh the rows, many otherwise.
+    methods  whose seeds take part: v_s is the sum of the variances of their noise, v = v_rows + v_s
+    The degrees of freedom f are Satterthwaite's (1946): own = sum size_m^2 own_m of the single methods, and
+    shared = (sum size_m shared_m^(1/2))^2, since they err together in what they have from each other.
     """
-    variable = [m for m in methods if m.seed_variance > 0]
-    if not variable:
+    noises = [m.noise for m in methods if m.noise.variance > 0]
+    if not noises:
         return by_rows
-    from_rows, from_seeds = float(by_rows.var()), sum(m.seed_variance for m in variable)
-    unsure = from_rows**2 / (rows - 1) + sum(m.seed_variance**2 / (m.seeds - 1) for m in variable)
-    freedom = (from_rows + from_seeds) ** 2 / unsure
+    from_rows, from_seeds = float(by_rows.var()), sum(n.variance for n in noises)
+    unsure = from_rows**2 / (rows - 1) + sum(n.size**2 * n.own for n in noises)
+    unsure += sum(n.size * math.sqrt(n.shared) for n in noises) ** 2
+    # Scores that move together over rows can differ by less than the parts of the estimate: these bound it.
+    freedom = max(from_rows + from_seeds, sum(n.size for n in noises)) ** 2 / unsure
     noise = math.sqrt(from_seeds) * make.standard_normal(len(by_rows))
     scale: np.ndarray = np.sqrt(freedom / make.chisquare(freedom, len(by_rows)))
     return value + (by_rows - value + noise) * scale

@@ -7,7 +7,7 @@ why a name for "cannot be told apart" is needed: Agarwal et al. 2021, arXiv 2108
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import numpy as np
 from tunewise.core.errors import UserError, did_you_mean
 from tunewise.study.cells import score as written
 from tunewise.study.resample import Draws, Measured, RowMetric, mean_score, resample, row_count, with_seeds
+from tunewise.study.seed_noise import Source
 
 __all__ = [
     "Comparison",
@@ -36,13 +37,22 @@ __all__ = [
 Judgement = Literal["better", "worse", "not told apart"]
 LEAST_DRAWS, DRAWS_PER_METHOD = 2000, 80
 POWER = 0.8
+Range = tuple[float, float]
+ANY: Range = (-math.inf, math.inf)
+ONE_SEED: Mapping[Source, str] = {
+    "lent": "what another seed would change was taken from the other methods for {its}",
+    "unknown": "what another seed would change is not in {its}",
+}
 
 
 @dataclass(frozen=True)
 class Interval:
     """A score, its mean over seeds, with the interval that another draw of rows and seeds would give.
 
-    draws  the resamples that it rests on; one seed gives no information about others, so then only rows count
+    draws  the resamples that it rests on
+    noise  where the effect of seeds is from: "measured" with this method's own and the others', "lent" by the
+           others to one seed; "none" for what no seed changes; "unknown" if there is one seed of each method:
+           then it is not in the interval
     """
 
     value: float
@@ -51,6 +61,7 @@ class Interval:
     rows: int
     seeds: int
     draws: int
+    noise: Source
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Difference:
     low, high    the interval of this difference alone
     p            two-sided, after Holm's correction for all methods compared; `p_alone` before it
     verdict      what p says at the level of the comparison, in the direction that is good for the metric
-    test         "bootstrap", or "exact McNemar" for right-or-wrong scores of one seed each
+    test         "bootstrap", or "exact McNemar" for right-or-wrong scores of one seed each without noise of seeds
     rows_needed  test rows that would tell the two apart, were the true difference the measured one;
                  None where they are told apart already, and where no number of rows would do
     """
@@ -101,19 +112,20 @@ def interval(
     level: float = 0.95,
     draws: int = LEAST_DRAWS,
     generator: np.random.Generator | None = None,
+    bounds: Range = ANY,
 ) -> Interval:
     """The outer (1 - level)/2 quantiles of mean_s score_s(I*) with the noise of seeds, I* rows drawn with replacement.
 
     scores     one score per seed and row `[seeds, rows]`, or a `RowMetric`
     generator  default: seeded by 0, so that equal data give equal intervals
+    bounds     lowest and highest value that the metric can have; the interval ends there
 
     For right-or-wrong scores of one seed it is Wilson's interval, as in the runs. Raises `UserError` for scores
     that are not finite, are not `[seeds, rows]`, or have fewer than two rows.
     """
     make = generator or np.random.default_rng(0)
-    return _interval(
-        scores, resample({"scores": scores}, draws, make)["scores"], level, row_count(scores), make
-    )
+    drawn = resample({"scores": scores}, draws, make)["scores"]
+    return _interval(scores, drawn, level, row_count(scores), make, bounds)
 
 
 def compare_to(
@@ -124,13 +136,19 @@ def compare_to(
     level: float = 0.95,
     draws: int | None = None,
     generator: np.random.Generator | None = None,
+    fixed: Collection[str] = (),
+    bounds: Range = ANY,
 ) -> Comparison:
     """d_m = score_m - score_best on the same resampled rows, for every other method m of the table; Holm's p.
 
     table  name -> scores `[seeds, rows]` or `RowMetric`, all over the same test rows in the same order; the
            numbers of seeds may differ. Seeds of two methods are independent draws, never pairs.
     draws  default: enough for Holm's correction to reach 1 - level in every comparison
+    fixed  names of what no seed changes (a baseline, a probe solved in one go): it gets no noise of seeds; names
+           that are not in the table are passed over
+    bounds lowest and highest value that the metric can have; intervals end there, those of differences likewise
 
+    What a seed changes is estimated from all methods together (`seed_noise.py`), one seed of a method borrows it.
     Where `best` is picked by these same rows (`best_of`), it is too high by chance, and methods that are equal are
     told apart about twice as often as the level promises; a reference fixed beforehand has no such excess.
     Raises `UserError` for an unknown name, rows that differ in number, and scores that are not finite.
@@ -139,21 +157,23 @@ def compare_to(
         raise UserError(f'There are no scores of the method "{best}"{did_you_mean(best, table)}')
     names = [name for name in table if name != best]
     make = generator or np.random.default_rng(0)
-    drawn = resample(table, draws or max(LEAST_DRAWS, DRAWS_PER_METHOD * len(names)), make)
+    drawn = resample(table, draws or max(LEAST_DRAWS, DRAWS_PER_METHOD * len(names)), make, fixed)
     rows, reference = row_count(table[best]), drawn[best]
     gaps = {name: _gap(drawn[name], reference, rows, make) for name in names}
-    alone = [_tested(table[name], table[best], gaps[name]) for name in names]
+    seeded = {name for name in table if drawn[name].noise.variance > 0}
+    alone = [_tested(table[name], table[best], gaps[name], not seeded & {name, best}) for name in names]
     corrected = holm([p for p, _ in alone])
     alpha = (1 - level) / max(1, len(names))
+    furthest = (bounds[0] - bounds[1], bounds[1] - bounds[0])
     found = []
     for name, (p_alone, test), p in zip(names, alone, corrected, strict=True):
-        value, (low, high) = drawn[name].value - reference.value, _ends(gaps[name], level)
+        value, (low, high) = drawn[name].value - reference.value, _ends(gaps[name], level, furthest)
         judged: Judgement = "not told apart"
         if p < 1 - level:
             judged = "better" if (value > 0) == higher_is_better else "worse"
         needed = _needed(drawn[name], reference, rows, alpha) if judged == "not told apart" else None
         found.append(Difference(name, best, value, low, high, p, p_alone, judged, test, needed))
-    intervals = {name: _interval(table[name], drawn[name], level, rows, make) for name in table}
+    intervals = {name: _interval(table[name], drawn[name], level, rows, make, bounds) for name in table}
     return Comparison(best, higher_is_better, level, rows, intervals, found)
 
 
@@ -165,10 +185,11 @@ def paired_difference(
     level: float = 0.95,
     draws: int = LEAST_DRAWS,
     generator: np.random.Generator | None = None,
+    bounds: Range = ANY,
 ) -> Difference:
     """score(first) - score(second) on the same test rows, with interval and p; see `compare_to`."""
     table = {"first": first, "second": second}
-    options: dict[str, Any] = {"level": level, "draws": draws, "generator": generator}
+    options: dict[str, Any] = {"level": level, "draws": draws, "generator": generator, "bounds": bounds}
     return compare_to("second", table, higher_is_better=higher_is_better, **options)["first"]
 
 
@@ -254,12 +275,11 @@ def verdict(comparison: Comparison, metric: str, baselines: Sequence[str] = ()) 
     rivals = [d for d in near if (d.method in known) != (best in known)] or near
     if rivals:
         said.append(_more_rows(min(rivals, key=lambda d: abs(d.difference)), top.rows))
-    single = [name for name in tuned if found[name].seeds == 1]
-    if single:
-        said.append(
-            f"Only one seed was measured of {', '.join(single)}: what another seed would change is not in "
-            f"{'its interval' if len(single) == 1 else 'their intervals'}."
-        )
+    for noise, told in ONE_SEED.items():
+        single = [name for name in tuned if found[name].seeds == 1 and found[name].noise == noise]
+        if single:
+            its = "its interval" if len(single) == 1 else "their intervals"
+            said.append(f"Only one seed was measured of {', '.join(single)}: {told.format(its=its)}.")
     return said
 
 
@@ -315,14 +335,17 @@ def _is_binary(scores: np.ndarray) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def _interval(scores: Measured, drawn: Draws, level: float, rows: int, make: np.random.Generator) -> Interval:
-    low, high = _ends(with_seeds(drawn.value, drawn.by_rows, [drawn], rows, make), level)
+def _interval(
+    scores: Measured, drawn: Draws, level: float, rows: int, make: np.random.Generator, bounds: Range
+) -> Interval:
+    low, high = _ends(with_seeds(drawn.value, drawn.by_rows, [drawn], rows, make), level, bounds)
     if not isinstance(scores, RowMetric):
-        matrix = np.asarray(scores, dtype=float)
+        matrix, seeded = np.asarray(scores, dtype=float), drawn.noise.variance > 0
         # Rows that are all right or all wrong resample to themselves and would seem certain.
         if _is_binary(matrix) and (drawn.seeds == 1 or np.ptp(matrix) == 0):
-            low, high = _wilson(drawn.value, rows, level)
-    return Interval(drawn.value, low, high, rows, drawn.seeds, len(drawn.by_rows))
+            least, most = _wilson(drawn.value, rows, level)
+            low, high = (min(low, least), max(high, most)) if seeded else (least, most)
+    return Interval(drawn.value, low, high, rows, drawn.seeds, len(drawn.by_rows), drawn.noise.source)
 
 
 def _wilson(p: float, n: int, level: float) -> tuple[float, float]:
@@ -332,8 +355,8 @@ def _wilson(p: float, n: int, level: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _ends(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def _ends(values: np.ndarray, level: float, bounds: Range) -> Range:
+    low, high = np.clip(np.quantile(values, [(1 - level) / 2, (1 + level) / 2]), *bounds)
     return float(low), float(high)
 
 
@@ -345,9 +368,9 @@ def _gap(first: Draws, second: Draws, rows: int, make: np.random.Generator) -> n
     return gap
 
 
-def _tested(a: Measured, b: Measured, gap: np.ndarray) -> tuple[float, str]:
-    """(two-sided p, the test's name)"""
-    if not isinstance(a, RowMetric) and not isinstance(b, RowMetric) and len(a) == len(b) == 1:
+def _tested(a: Measured, b: Measured, gap: np.ndarray, rows_alone: bool) -> tuple[float, str]:
+    """(two-sided p, the test's name); rows_alone: no noise of seeds is in the gap"""
+    if rows_alone and not isinstance(a, RowMetric) and not isinstance(b, RowMetric) and len(a) == len(b) == 1:
         one, other = np.asarray(a, dtype=float)[0], np.asarray(b, dtype=float)[0]
         if _is_binary(one) and _is_binary(other):
             return mcnemar(one, other), "exact McNemar"
@@ -357,7 +380,6 @@ def _tested(a: Measured, b: Measured, gap: np.ndarray) -> tuple[float, str]:
 
 def _needed(first: Draws, second: Draws, rows: int, alpha: float) -> int | None:
     shared = float((first.by_rows - second.by_rows).var())
-    needed = rows_needed(
-        first.value - second.value, rows, shared, first.seed_variance + second.seed_variance, alpha
-    )
+    seeds = first.noise.variance + second.noise.variance
+    needed = rows_needed(first.value - second.value, rows, shared, seeds, alpha)
     return None if needed is None else max(needed, rows + 1)

@@ -22,10 +22,10 @@ import tunewise as tw
 from tunewise.core.checkpoint import write_json
 from tunewise.core.method import read_recipe
 from tunewise.machine import environment
+from tunewise.study.judge.row_scores import TestRows
+from tunewise.study.judge.statistics import best_of, interval, paired_difference
 from tunewise.study.portfolio import prior, rates, read_methods
-from tunewise.study.row_scores import TestRows
 from tunewise.study.schedule import MEASURE
-from tunewise.study.statistics import best_of, interval, paired_difference
 from tunewise.study.store import Store
 
 RESULTS = Path(__file__).parent / "results"

@@ -38,7 +38,7 @@ def options(model: str, method: str) -> dict[str, Any]:
 
 def estimated(model: str, method: str) -> dict[str, Any]:
     """What the estimate says."""
-    from tunewise.study.estimate import estimate
+    from tunewise.study.estimate.estimate import estimate
 
     start = time.perf_counter()
     found = dataclasses.asdict(estimate(model, DATA[model], **options(model, method)))
@@ -99,7 +99,7 @@ def compare(cell: tuple[str, str, str]) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of cells within bounds, by heap."""
-    from tunewise.study.estimate_time import COLD
+    from tunewise.study.estimate.timing import COLD
 
     found: dict[str, Any] = {"trainable_exact": all(r["trainable_equal"] for r in rows)}
     for heap in HEAPS:

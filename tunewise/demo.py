@@ -75,7 +75,7 @@ class Demo:
         from rich import box
         from rich.table import Table
 
-        from tunewise.study.cells import COST, score
+        from tunewise.study.report.cells import COST, score
 
         best = max(self.rows, key=lambda row: row[METRIC])
         made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -97,7 +97,7 @@ def run_demo(
 
     Raises `UserError` where `out` holds something else than an earlier demo.
     """
-    from tunewise.study.report import write_report
+    from tunewise.study.report.run_report import write_report
     from tunewise.tune import tune
 
     say = say or (lambda sentence: None)
@@ -155,7 +155,7 @@ def _check_folder(folder: Path, plan: Plan) -> None:
 def _baselines(plan: Plan, say: Say) -> tuple[list[dict[str, Any]], list[str]]:
     """Measured on the same train and test rows as the methods."""
     from tunewise.data import detect_columns, read_rows, split_rows, usable_rows
-    from tunewise.study.baselines import measure_baseline
+    from tunewise.study.baselines.measured import measure_baseline
     from tunewise.task import make_task
 
     rows = read_rows(plan.data)

@@ -234,7 +234,7 @@ def _measure(prepared: Prepared, run: Run) -> dict[str, float]:
 
 
 def _keep(record: Record, result: Result, identity: dict[str, Any]) -> None:
-    from tunewise.study.report import run_report
+    from tunewise.study.report.run_report import run_report
 
     assert result.handle is not None
     folder = result.handle.save(

@@ -10,7 +10,7 @@ import time
 from os import getpid  # noqa: F401 - a job must not be able to call what a module merely imports
 
 from tunewise.core.errors import RunError, UserError
-from tunewise.study.worker_main import report, shared
+from tunewise.study.work.worker_main import report, shared
 
 
 def add(a: float, b: float) -> dict[str, float]:

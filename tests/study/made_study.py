@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tunewise.study.findings import findings
+from tunewise.study.judge.findings import findings
 from tunewise.study.schedule import MEASURE
 from tunewise.study.store import Store
 

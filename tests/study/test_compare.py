@@ -91,8 +91,8 @@ def test_the_same_call_again_runs_nothing_anew(tiny: tuple[str, str], tmp_path: 
 
 def test_a_trial_that_was_continued_equals_one_in_one_piece(tiny: tuple[str, str], tmp_path: Path) -> None:
     from tunewise.prepare import prepare_data
-    from tunewise.study import trial
-    from tunewise.study.commons import write_brief
+    from tunewise.study.work import trial
+    from tunewise.study.work.commons import write_brief
 
     data = prepare_data(tiny[1], say=lambda note: None)
     write_brief(

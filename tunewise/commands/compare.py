@@ -153,7 +153,7 @@ def report(
         elif prefer is not None:
             raise UserError(f"{study} is one run: there is nothing to choose by --prefer.")
         else:
-            from tunewise.study.report import run_report
+            from tunewise.study.report.run_report import run_report
 
             page = run_report(study)
             output.result({"directory": str(study), "report": str(page)}, human=f"Report: {page}")

@@ -58,7 +58,7 @@ def estimate(
     if data is None and train is None:
         raise UserError("estimate needs DATA, or --train with a file of rows.")
     options = read_options(set_ or [])
-    from tunewise.study.estimate import estimate as run_estimate
+    from tunewise.study.estimate.estimate import estimate as run_estimate
 
     found = run_estimate(
         model,

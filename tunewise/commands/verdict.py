@@ -33,7 +33,7 @@ def verdict_view(found: Mapping[str, Any], width: int) -> Any:
 
 def _columns(rows: Sequence[Row], metric: str) -> dict[str, list[str]]:
     """Title -> cells; columns without any value are left out."""
-    from tunewise.study.cells import amount, duration, interval, megabytes, score
+    from tunewise.study.report.cells import amount, duration, interval, megabytes, score
 
     def cells(key: str, write: Callable[[Any], str]) -> list[str]:
         return ["" if row.get(key) is None else write(row[key]) for row in rows]

@@ -11,17 +11,17 @@ from tunewise.core.checkpoint import write_text
 from tunewise.core.errors import RunError, UserError
 from tunewise.prepare import Data, default_sizes, prepare_data
 from tunewise.study.budget import Clock, parse_memory, parse_time
-from tunewise.study.commons import Objects, objects, write_brief
 from tunewise.study.conduct import Conductor
 from tunewise.study.facts import write_facts
 from tunewise.study.halving import Plan
+from tunewise.study.judge.prefer import parse_prefer
 from tunewise.study.planning import conductor_of, halving_plan
 from tunewise.study.portfolio import BASELINES, read_methods
-from tunewise.study.prefer import parse_prefer
 from tunewise.study.schedule import MEASURE, fixed_list
 from tunewise.study.setup import Setup, find_machine
 from tunewise.study.store import Store
 from tunewise.study.study import Study, conclude
+from tunewise.study.work.commons import Objects, objects, write_brief
 
 __all__ = ["compare"]
 

@@ -13,7 +13,7 @@ from tunewise.study.replay import Finished, Standing, Trial, key_of
 from tunewise.study.schedule import MEASURE, Fixed, Schedule, finished_rows, folder_of
 from tunewise.study.store import Store
 from tunewise.study.tables import Trial as Row
-from tunewise.study.workers import Outcome
+from tunewise.study.work.workers import Outcome
 
 __all__ = ["Conductor"]
 
@@ -121,7 +121,7 @@ class Conductor:
             "row_seconds": self.speeds.get(trial.method, {}).get("row", 0.0),
         }
         limit = min(trial.limit, max(1.0, self.clock.deadline - self.reserve / 2))
-        return self._submit("tunewise.study.trial:train", args, row, limit), row
+        return self._submit("tunewise.study.work.trial:train", args, row, limit), row
 
     def _submit(self, call: str, args: dict[str, Any], row: Row, limit: float) -> Future[Outcome]:
         self.store.start(row.id)
@@ -225,14 +225,14 @@ class Conductor:
         for name, seconds in baselines.items():
             row = self.store.add(name, None, rung=MEASURE, directory=f"trials/baselines/{name}")
             args: dict[str, Any] = {"study": study, "name": name, "directory": row.directory}
-            jobs.append((row, "tunewise.study.measure:baseline", args, seconds))
+            jobs.append((row, "tunewise.study.work.measure:baseline", args, seconds))
         for t in self.finalists():
             row = self.store.add(
                 t.method, t.rate, seed=t.seed, rung=MEASURE, steps=t.steps, directory=t.directory
             )
             args = {"study": study, "method": t.method, "directory": row.directory}
             args |= {"seed": t.seed}
-            jobs.append((row, "tunewise.study.measure:finalist", args, self.measuring(t.method)))
+            jobs.append((row, "tunewise.study.work.measure:finalist", args, self.measuring(t.method)))
         self._measure_all([job for job in jobs if job[0].status == "waiting"])
 
     def _measure_all(self, jobs: list[tuple[Row, str, dict[str, Any], float]]) -> None:

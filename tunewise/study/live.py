@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tunewise.study.cells import score
 from tunewise.study.halving import Plan
-from tunewise.study.measured import number, validation_metric
+from tunewise.study.judge.measured import number, validation_metric
+from tunewise.study.report.cells import score
 from tunewise.study.schedule import MEASURE, Fixed
 from tunewise.study.store import Store
 from tunewise.study.tables import Trial

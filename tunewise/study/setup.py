@@ -15,10 +15,10 @@ from tunewise.core.method import read_recipe
 from tunewise.core.recipe import Recipe
 from tunewise.prepare import Data
 from tunewise.study.budget import Clock, show_memory, show_time
-from tunewise.study.commons import objects
-from tunewise.study.inline import Inline
 from tunewise.study.store import Store
-from tunewise.study.workers import Outcome, Pool
+from tunewise.study.work.commons import objects
+from tunewise.study.work.inline import Inline
+from tunewise.study.work.workers import Outcome, Pool
 
 __all__ = ["Machine", "Setup", "find_machine"]
 
@@ -125,7 +125,7 @@ class Setup:
         if found is None:
             self.say("Estimating what memory each method needs.")
             with self._pool(self.machine.workers, None) as pool:
-                answers = self._ask(pool, "tunewise.study.trial:needs", self.names)
+                answers = self._ask(pool, "tunewise.study.work.trial:needs", self.names)
             found = {n: a.value["peak_memory_mb"] for n, a in answers.items() if a.ok}
             self.store.set("needs", found)
         fitting = []
@@ -169,7 +169,7 @@ class Setup:
         new = [name for name in self.names if name not in self.known]
         if new:
             self.say(f"Timing {len(new)} methods, a few steps each.")
-            outcomes = self._ask(self.pool, "tunewise.study.trial:speed", new)
+            outcomes = self._ask(self.pool, "tunewise.study.work.trial:speed", new)
             for name, outcome in outcomes.items():
                 if outcome.ok:
                     self.known[name] = outcome.value
@@ -194,7 +194,7 @@ class Setup:
         known: dict[str, dict[str, Any]] = dict(self.store.get("baselines", {}))
         new = [name for name in baselines if name not in known]
         if new:
-            outcomes = self._ask(self.pool, "tunewise.study.measure:baseline_seconds", new, "name")
+            outcomes = self._ask(self.pool, "tunewise.study.work.measure:baseline_seconds", new, "name")
             for name, outcome in outcomes.items():
                 known[name] = outcome.value if outcome.ok else {"reason": outcome.reason or outcome.kind}
                 if "reason" in known[name]:

@@ -28,7 +28,7 @@ class Study:
     def findings(self) -> dict[str, Any]:
         """Everything that the report shows, JSON-ready."""
         if self._found is None:
-            from tunewise.study.findings import findings
+            from tunewise.study.judge.findings import findings
 
             with Store.read(self.folder) as store:
                 self._found = findings(store)
@@ -37,7 +37,7 @@ class Study:
     @property
     def table(self) -> Any:
         """One flat row per method and baseline: quality with its interval, costs, tests, settings."""
-        from tunewise.study.findings import table
+        from tunewise.study.judge.findings import table
 
         return table(self.findings)
 
@@ -87,8 +87,8 @@ def conclude(store: Store, prefer: str | None = None) -> Study:
 
     prefer  chooses anew on the front; None: as the study was told
     """
-    from tunewise.study.findings import findings, table
-    from tunewise.study.study_report import write_study_report
+    from tunewise.study.judge.findings import findings, table
+    from tunewise.study.report.study_report import write_study_report
     from tunewise.study.tables import write_parquet
 
     found = findings(store, prefer=prefer)

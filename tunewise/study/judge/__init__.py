@@ -1,0 +1,1 @@
+"""From measured rows to a judgement: intervals, tests, front, choice, sentences."""

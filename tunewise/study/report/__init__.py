@@ -1,0 +1,1 @@
+"""Pages about runs and studies: one self-contained HTML file each."""

@@ -1,0 +1,1 @@
+"""Workers: processes that run the jobs of a study, and the jobs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import sys
@@ -83,8 +82,9 @@ def test_every_option_is_one_of_compare(compare: Any) -> None:
     source = (Path(spec.submodule_search_locations[0]) / "compare.py").read_text(encoding="utf-8")
     known = source[source.index("def compare(") : source.index(") -> Study:")]
     assert all(f"    {name}: " in known for name in call)
-    mine = {p.rstrip("_") for p in inspect.signature(commands.compare).parameters} - {"set", "output"}
-    assert mine - {"dry_run"} <= set(call)
+    options = cli.app["compare"].assemble_argument_collection()
+    mine = {name[2:].replace("-", "_") for a in options for name in a.names if name.startswith("--")}
+    assert mine - {"set", "json", "quiet", "model", "data", "dry_run"} | {"options"} <= set(call)
     assert (call["methods"], call["budget"], call["seeds"], call["prefer"]) == (
         "default",
         "10m",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from .console import Flag, Output, Whole
-from .start import read_options
+from .options import LOOP, ROWS, Loop, Rows
 
 if TYPE_CHECKING:
     from tunewise.study.study import Study
@@ -44,24 +44,11 @@ def compare(
     out: Annotated[Path | None, Parameter(help="Folder of the study; default: study-MODEL-DATA.")] = None,
     dry_run: Annotated[Flag, Parameter(help="Show what each method would get, and stop.")] = False,
     general: Annotated[str | None, Parameter(help="Text on which forgetting shows; default: news.")] = None,
-    task: Annotated[str | None, Parameter(help="Detected from the data if not given.")] = None,
-    train: Annotated[str | None, Parameter(help="File of the training rows.")] = None,
-    valid: Annotated[str | None, Parameter(help="File of the validation rows.")] = None,
     test: Annotated[str | None, Parameter(help="File of the test rows.")] = None,
-    text_column: Annotated[str | None, Parameter(help='Column of the text; "a,b" for pairs.')] = None,
-    label_column: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
     metric: Annotated[str | None, Parameter(help="Metric that decides which method is best.")] = None,
-    max_length: Annotated[Whole | None, Parameter(help="Longest row in tokens.")] = None,
-    batch_size: Annotated[Whole | None, Parameter(help="Rows per optimizer step.")] = None,
-    dtype: Annotated[str | None, Parameter(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    seed: Annotated[Whole, Parameter(help="Decides order, dropout and start values.")] = 0,
-    skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False,
     workers: Annotated[Whole | None, Parameter(help="Trials side by side; default: by the machine.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        Parameter(name="--set", negative="", help="name=value: another option of the loop; repeatable."),
-    ] = None,
+    rows: Rows = ROWS,
+    loop: Loop = LOOP,
     output: Output = QUIET,
 ) -> None:
     """Compare methods on DATA within a budget: tunes each one's learning rate, measures the best, chooses.
@@ -74,36 +61,23 @@ def compare(
     tunewise compare ./my-model rows.csv --methods "lora, full, ia3" --prefer "quality within 1%, then memory"
     ```
     """
-    from tunewise.core.errors import RunError, UserError
+    from tunewise.core.errors import RunError
 
-    if data is None and train is None:
-        raise UserError("compare needs DATA, or --train with a file of rows.")
-    options = read_options(set_ or [])
-    folder = out or default_folder(model, data or str(train))
     given: dict[str, Any] = {
+        **rows.given("compare", data),
+        **loop.given(),
         "methods": methods,
         "budget": budget,
         "memory": memory,
         "seeds": seeds,
         "prefer": prefer,
         "general": general,
-        "task": task,
-        "train": train,
-        "valid": valid,
         "test": test,
-        "text_column": text_column,
-        "label_column": label_column,
         "metric": metric,
-        "max_length": max_length,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device,
-        "seed": seed,
-        "skip_bad_rows": skip_bad_rows,
         "workers": workers,
-        "options": options,
         "say": output.say,
     }
+    folder = out or default_folder(model, data or str(rows.train))
     if dry_run:
         _plan_only(model, data, folder, given, output)
         return

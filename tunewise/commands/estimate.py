@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from .console import Flag, Output, Whole, number, settings
-from .start import read_options
+from .console import Output, Whole, number, settings
+from .options import LOOP, ROWS, Loop, Rows
 
 __all__ = ["estimate"]
 
@@ -23,23 +23,10 @@ def estimate(
     /,
     *,
     method: Annotated[str, Parameter(help='For example lora, "lora(rank=4)", "lora + lisa", my.yaml.')],
-    task: Annotated[str | None, Parameter(help="Detected from the data if not given.")] = None,
-    train: Annotated[str | None, Parameter(help="File of the training rows.")] = None,
-    valid: Annotated[str | None, Parameter(help="File of the validation rows.")] = None,
-    text_column: Annotated[str | None, Parameter(help='Column of the text; "a,b" for pairs.')] = None,
-    label_column: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
-    batch_size: Annotated[Whole | None, Parameter(help="Rows per optimizer step.")] = None,
     epochs: Annotated[float | None, Parameter(help="Passes over the training rows.")] = None,
     steps: Annotated[Whole | None, Parameter(help="Optimizer steps, instead of epochs.")] = None,
-    max_length: Annotated[Whole | None, Parameter(help="Longest row in tokens.")] = None,
-    dtype: Annotated[str | None, Parameter(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    seed: Annotated[Whole, Parameter(help="Decides the order of the rows.")] = 0,
-    skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False,
-    set_: Annotated[
-        list[str] | None,
-        Parameter(name="--set", negative="", help="name=value: another option of the loop; repeatable."),
-    ] = None,
+    rows: Rows = ROWS,
+    loop: Loop = LOOP,
     output: Output = QUIET,
 ) -> None:
     """Estimate parameters, peak memory and time of `tune` with the same options.
@@ -53,33 +40,10 @@ def estimate(
     """
     import dataclasses
 
-    from tunewise.core.errors import UserError
-
-    if data is None and train is None:
-        raise UserError("estimate needs DATA, or --train with a file of rows.")
-    options = read_options(set_ or [])
+    given = {**rows.given("estimate", data), **loop.given()}
     from tunewise.study.estimate.estimate import estimate as run_estimate
 
-    found = run_estimate(
-        model,
-        data,
-        method=method,
-        task=task,
-        train=train,
-        valid=valid,
-        text_column=text_column,
-        label_column=label_column,
-        batch_size=batch_size,
-        epochs=epochs,
-        steps=steps,
-        max_length=max_length,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        skip_bad_rows=skip_bad_rows,
-        options=options,
-        say=output.say,
-    )
+    found = run_estimate(model, data, method=method, epochs=epochs, steps=steps, say=output.say, **given)
     output.result(dataclasses.asdict(found), human=_view(found))
     for sentence in found.assumes:
         output.say(sentence)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from .console import Flag, Output, Whole, settings
+from .options import LOOP, ROWS, Loop, Rows
 
 __all__ = ["demo", "tune"]
 
@@ -40,30 +41,17 @@ def tune(
     /,
     *,
     method: Annotated[str, Parameter(help='For example lora, "lora(rank=4)", "lora + lisa", my.yaml.')],
-    task: Annotated[str | None, Parameter(help="Detected from the data if not given.")] = None,
-    train: Annotated[str | None, Parameter(help="File of the training rows.")] = None,
-    valid: Annotated[str | None, Parameter(help="File of the validation rows.")] = None,
     test: Annotated[str | None, Parameter(help="File of the test rows.")] = None,
-    text_column: Annotated[str | None, Parameter(help='Column of the text; "a,b" for pairs.')] = None,
-    label_column: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
     metric: Annotated[str | None, Parameter(help="Metric that decides which checkpoint is best.")] = None,
     lr: Annotated[float | None, Parameter(help="Learning rate; each method has a default.")] = None,
-    batch_size: Annotated[Whole | None, Parameter(help="Rows per optimizer step.")] = None,
     epochs: Annotated[float | None, Parameter(help="Passes over the training rows.")] = None,
     steps: Annotated[Whole | None, Parameter(help="Optimizer steps, instead of epochs.")] = None,
-    max_length: Annotated[Whole | None, Parameter(help="Longest row in tokens.")] = None,
-    dtype: Annotated[str | None, Parameter(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    seed: Annotated[Whole, Parameter(help="Decides order, dropout and start values.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the run; needed for --resume.")] = None,
     resume: Annotated[Flag, Parameter(help="Go on where a stopped run stopped.")] = False,
     dry_run: Annotated[Flag, Parameter(help="Show sites, tensors, counts, call order.")] = False,
-    skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False,
     checkpoint_every: Annotated[Whole | None, Parameter(help="Steps between checkpoints.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        Parameter(name="--set", negative="", help="name=value: another option of the loop; repeatable."),
-    ] = None,
+    rows: Rows = ROWS,
+    loop: Loop = LOOP,
     output: Output = QUIET,
 ) -> None:
     """Fine-tune MODEL on DATA by one method.
@@ -76,40 +64,25 @@ def tune(
     tunewise tune tiny-roberta peptides --method full --steps 20 --dry-run
     ```
     """
-    from tunewise.core.errors import UserError
-
-    if data is None and train is None:
-        raise UserError("tune needs DATA, or --train with a file of rows.")
-    options = read_options(set_ or [])
+    given = {**rows.given("tune", data), **loop.given()}
     from tunewise.tune import tune as run_tune
 
     result = run_tune(
         model,
         data,
         method=method,
-        task=task,
-        train=train,
-        valid=valid,
         test=test,
-        text_column=text_column,
-        label_column=label_column,
         metric=metric,
         lr=lr,
-        batch_size=batch_size,
         epochs=epochs,
         steps=steps,
-        max_length=max_length,
-        dtype=dtype,
-        device=device,
-        seed=seed,
         out=out,
         resume=resume,
         dry_run=dry_run,
-        skip_bad_rows=skip_bad_rows,
         checkpoint_every=checkpoint_every,
-        options=options,
         say=output.say,
         progress=output.progress,
+        **given,
     )
     if dry_run:
         from .plan import plan_view
@@ -119,19 +92,3 @@ def tune(
     output.result(result.summary(), human=settings(result.metrics))
     if result.directory is not None:
         output.say(f"Run: {result.directory}")
-
-
-def read_options(given: list[str]) -> dict[str, Any]:
-    """`name=value` pairs, values as in YAML (2e-5 is a number); UserError for one without `=`."""
-    from tunewise.core.errors import UserError
-    from tunewise.core.method import read_yaml
-
-    found: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals or not name.strip():
-            raise UserError(f'--set takes name=value, not "{item}".')
-        if name.strip() in found:
-            raise UserError(f'--set names "{name.strip()}" twice.')
-        found[name.strip().replace("-", "_")] = read_yaml(value, f"--set {item}")
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from tunewise.core.compat import check
 from tunewise.core.errors import UserError
@@ -18,9 +18,30 @@ if TYPE_CHECKING:
     from tunewise.data import Splits
     from tunewise.task import Task
 
-__all__ = ["Data", "Prepared", "complete", "default_sizes", "encode", "load_base", "prepare_data"]
+__all__ = ["Data", "Prepared", "RowArgs", "complete", "default_sizes", "encode", "load_base", "prepare_data"]
 
 Say = Callable[[str], None]
+
+
+class RowArgs(TypedDict, total=False):
+    """What `tune`, `estimate` and `compare` take to find rows, as `prepare_data` reads it.
+
+    task        "classification", "regression", "causal" or a Task; detected if not given
+    train, valid, test   rows of these sets, in whatever form DATA may have
+    text_column, label_column   names; "a,b" for pairs of texts
+    metric      a name of the task's, or a function (predictions, references) -> float
+    max_length  tokens per row; skip_bad_rows leaves out unreadable rows, counted
+    """
+
+    task: Any
+    train: Any
+    valid: Any
+    test: Any
+    text_column: Any
+    label_column: str | None
+    metric: Any
+    max_length: int | None
+    skip_bad_rows: bool
 
 
 @dataclass

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tunewise.afterwards import Result, evaluate, export_run, merge_run, predict
 from tunewise.core.errors import UserError
-from tunewise.prepare import Prepared, complete, default_sizes, encode, load_base, prepare_data
+from tunewise.prepare import Prepared, RowArgs, complete, default_sizes, encode, load_base, prepare_data
 from tunewise.progress import Progress
 from tunewise.record import Record, folder_size
 
@@ -32,37 +32,29 @@ def tune(
     data: Any,
     *,
     method: Any = "lora",
-    task: Any = None,
-    train: Any = None,
-    valid: Any = None,
-    test: Any = None,
-    text_column: Any = None,
-    label_column: str | None = None,
-    metric: Any = None,
     lr: float | None = None,
     batch_size: int | None = None,
     epochs: float | None = None,
     steps: int | None = None,
-    max_length: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
     dry_run: bool = False,
-    skip_bad_rows: bool = False,
     checkpoint_every: int | None = None,
     options: dict[str, Any] | None = None,
     tokenizer: Any = None,
     say: Say | None = None,
     progress: bool = False,
     final_test: bool = True,
+    **rows: Unpack[RowArgs],
 ) -> Result:
     """Fine-tunes `model` on `data` by `method`; gives metrics, predictions, the model and its handle.
 
     model   a folder, demo name, hub id, a module (with `tokenizer=`), or (module, tokenizer)
     data    a file, folder, demo name, `datasets` id, Dataset, DataFrame or list of dicts
-    metric  a name of the task's, or a function (predictions, references) -> float
+    rows    where rows and answers are: task, train, valid, test, text_column, label_column, metric, ... (`RowArgs`)
     out     folder of the run; without it nothing is written. `options` are further settings of the loop.
     final_test=False leaves the test rows alone: for choosing settings by validation rows
     Test rows are only touched by the last evaluation. Raises `UserError` for bad input before anything is
@@ -91,24 +83,12 @@ def tune(
     }
     given = {k: v for k, v in given.items() if v is not None} | (options or {})
     Settings.of(**given)
-    rows = prepare_data(
-        data,
-        task=task,
-        train=train,
-        valid=valid,
-        test=test,
-        text_column=text_column,
-        metric=metric,
-        label_column=label_column,
-        max_length=max_length,
-        skip_bad_rows=skip_bad_rows,
-        say=say,
-    )
+    read = prepare_data(data, say=say, **rows)
     seed_everything(seed)
     prepared = load_base(
-        model, tokenizer, method, rows, target, say, meta=dry_run and not hasattr(model, "parameters")
+        model, tokenizer, method, read, target, say, meta=dry_run and not hasattr(model, "parameters")
     )
-    settings = Settings.of(**{**default_sizes(rows.task.name, target.type), **given})
+    settings = Settings.of(**{**default_sizes(read.task.name, target.type), **given})
     if dry_run:
         return _dry(prepared, settings)
     return _execute(prepared, settings, seed, record, resume, say, progress, final_test)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from tunewise.core.checkpoint import write_text
 from tunewise.core.errors import RunError, UserError
-from tunewise.prepare import Data, default_sizes, prepare_data
+from tunewise.prepare import Data, RowArgs, default_sizes, prepare_data
 from tunewise.study.budget import Clock, parse_memory, parse_time
 from tunewise.study.conduct import Conductor
 from tunewise.study.facts import write_facts
@@ -40,20 +40,11 @@ def compare(
     seeds: int = 3,
     prefer: str = "quality",
     out: str | Path | None = None,
-    task: Any = None,
-    train: Any = None,
-    valid: Any = None,
-    test: Any = None,
-    text_column: Any = None,
-    label_column: str | None = None,
-    metric: Any = None,
     general: Any = None,
     batch_size: int | None = None,
-    max_length: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
     seed: int = 0,
-    skip_bad_rows: bool = False,
     options: dict[str, Any] | None = None,
     trials: Sequence[Mapping[str, Any]] | None = None,
     workers: int | None = None,
@@ -61,6 +52,7 @@ def compare(
     tokenizer: Any = None,
     say: Say | None = None,
     progress: bool = False,
+    **rows: Unpack[RowArgs],
 ) -> Study:
     """Tunes every method's learning rate fairly, measures the best on the test rows, and chooses among them.
 
@@ -71,89 +63,59 @@ def compare(
     general   data whose text shows what is forgotten; default: news sentences
     trials    dicts (method, lr, seed, steps) to run instead of tuning; workers: processes side by side
     dry_run   plans, says what each method would get, and stops
+    rows      where rows and answers are: task, train, valid, test, text_column, label_column, metric, ... (`RowArgs`)
     The other arguments are those of `tune`. Gives a `Study` with .table .front .best .decision .report.
     Raises `UserError` for bad input, and where the budget is too small for the methods before anything is tuned.
     """
     say = say or (lambda sentence: None)
-    clock_start = Clock(parse_time(budget))
+    clock = Clock(parse_time(budget))
     if isinstance(model, tuple):
         model, tokenizer = model
     parse_prefer(prefer)
     if seeds < 1:
         raise UserError(f"seeds={seeds} is not valid: at least 1.")
-    given = {"batch_size": batch_size, "dtype": dtype}
-    given = {k: v for k, v in given.items() if v is not None} | (options or {})
     machine = find_machine(device, None if memory is None else parse_memory(memory), workers)
-    rows = prepare_data(
-        data,
-        task=task,
-        train=train,
-        valid=valid,
-        test=test,
-        text_column=text_column,
-        metric=metric,
-        label_column=label_column,
-        max_length=max_length,
-        skip_bad_rows=skip_bad_rows,
-        say=say,
-    )
-    if not rows.splits.valid:
+    read = prepare_data(data, say=say, **rows)
+    if not read.splits.valid:
         raise UserError("A comparison chooses by validation rows, and there are none: give --valid.")
-    settings = {**default_sizes(rows.task.name, machine.device.type), **given}
-    names, own, trials = _methods(methods, rows.task.name, trials)
-    folder = _folder(out, say)
-    held = _objects(model, tokenizer, rows, task, metric, own)
+    given = {k: v for k, v in (("batch_size", batch_size), ("dtype", dtype)) if v is not None}
+    settings = {**default_sizes(read.task.name, machine.device.type), **given, **(options or {})}
+    names, own, trials = _methods(methods, read.task.name, trials)
+    held = _objects(model, tokenizer, read, rows, own)
     identity = {
         "model": str(model) if held.model is None else type(model).__name__,
-        "data": rows.sha256,
-        "task": rows.task.describe(),
+        "data": read.sha256,
+        "task": read.task.describe(),
         "methods": names,
-        "budget": clock_start.budget,
+        "budget": clock.budget,
         "memory": machine.memory,
         "seeds": seeds,
         "seed": seed,
         "settings": settings,
         "trials": trials,
     }
-    with Store.open(folder, identity) as store:
-        clock = Clock(clock_start.budget, before=float(store.get("spent", 0.0)))
-        clock.start = clock_start.start
-        where = str(folder)
-        objects[where] = held
+    with Store.open(_folder(out, say), identity) as store:
+        clock.before = float(store.get("spent", 0.0))
+        objects[str(store.folder)] = held
         write_brief(
-            folder,
-            rows,
-            model=None if held.model is not None else str(model),
+            store.folder,
+            read,
+            model=str(model) if held.model is None else None,
             settings=settings,
             device=str(machine.device),
-            general=_general(general, folder),
+            general=_general(general, store.folder),
             cache_bytes=min(CACHE, machine.limit // 4) if machine.limit else CACHE,
         )
-        named = {
-            "task": task,
-            "train": train,
-            "valid": valid,
-            "test": test,
-            "text_column": text_column,
-            "label_column": label_column,
-            "metric": metric,
-            "max_length": max_length,
-            "device": None if device == "auto" else device,
-            "skip_bad_rows": skip_bad_rows or None,
-        }
-        named = {key: value for key, value in named.items() if value is not None}
+        asked = {**rows, **({} if device == "auto" else {"device": device})}
         known = (model if held.model is None else None, data)
-        write_facts(store, identity, rows, settings, prefer, machine, known, named)
-        fixed = fixed_list(trials) if trials is not None else None
-        inline = any((held.model is not None, held.task is not None, held.methods))
-        with Setup(store, machine, clock, names, settings, say, inline) as setup:
-            schedule = fixed or halving_plan(setup, rows, clock, seeds, seed, settings)
-            say(schedule.describe())
-            store.set("plan", schedule.describe().split("\n"))
+        write_facts(store, identity, read, prefer, machine, known, asked)
+        with Setup(store, machine, clock, names, settings, say, held.any) as setup:
+            planned = halving_plan(setup, read, clock, seeds, seed) if trials is None else fixed_list(trials)
+            say(planned.describe())
+            store.set("plan", planned.describe().split("\n"))
             if dry_run:
-                return Study(folder)
-            conductor = conductor_of(setup, schedule, clock, rows, settings)
-            return _carry_out(conductor, setup, store, say, progress)
+                return Study(store.folder)
+            return _carry_out(conductor_of(setup, planned, clock, read), setup, say, progress)
 
 
 def _methods(given: Any, task: str, trials: Any) -> tuple[list[str], dict[str, Any], Any]:
@@ -204,7 +166,7 @@ def _folder(out: str | Path | None, say: Say) -> Path:
     return folder
 
 
-def _objects(model: Any, tokenizer: Any, rows: Data, task: Any, metric: Any, own: dict[str, Any]) -> Objects:
+def _objects(model: Any, tokenizer: Any, read: Data, rows: RowArgs, own: dict[str, Any]) -> Objects:
     """What cannot be sent to a worker process."""
     import torch
 
@@ -213,13 +175,14 @@ def _objects(model: Any, tokenizer: Any, rows: Data, task: Any, metric: Any, own
         raise UserError(
             "A model given as an object needs its tokenizer: compare((model, tokenizer), ...) or tokenizer=."
         )
-    mine = callable(metric) or (task is not None and not isinstance(task, str))
-    return Objects(model if is_object else None, tokenizer, rows.task if mine else None, own)
+    mine = callable(rows.get("metric")) or not isinstance(rows.get("task"), str | None)
+    return Objects(model if is_object else None, tokenizer, read.task if mine else None, own)
 
 
-def _carry_out(conductor: Conductor, setup: Setup, store: Store, say: Say, progress: bool) -> Study:
+def _carry_out(conductor: Conductor, setup: Setup, say: Say, progress: bool) -> Study:
     from tunewise.study.live import Live
 
+    store = setup.store
     with Live(store, conductor, progress) as live:
         conductor.watch = live.watch
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ def write_facts(
     store: Store,
     identity: dict[str, Any],
     rows: Data,
-    settings: dict[str, Any],
     prefer: str,
     machine: Machine,
     known: tuple[Any, Any],
-    options: dict[str, Any],
+    asked: Mapping[str, Any],
 ) -> None:
-    """What the findings need to know; model and data are None where no command line could name them."""
+    """What the findings need to know; model and data are None where no command line could name them.
+
+    known  model and data as they were given; `asked`: further arguments that a command line has to name
+    """
     from tunewise.machine import environment
 
+    options = {key: value for key, value in asked.items() if value is not None and value is not False}
+    settings = identity["settings"]
     own = store.folder.name.startswith("tunewise-study-")
     plain = (str, Path)
     nameable = all(isinstance(value, (*plain, bool, int, list, tuple)) for value in options.values())

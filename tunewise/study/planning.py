@@ -19,9 +19,7 @@ KEPT = ("lora", "full")
 """Trained to the end whatever their rank: what everyone uses, and what everyone compares with."""
 
 
-def halving_plan(
-    setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int, settings: dict[str, Any]
-) -> Schedule:
+def halving_plan(setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int) -> Schedule:
     """Successive halving over the methods that ran, at the speeds that were measured."""
     speeds = setup.speeds()
     valid = len(rows.splits.valid)
@@ -44,7 +42,7 @@ def halving_plan(
         arms,
         budget=clock.budget,
         rows=len(rows.splits.train),
-        batch_size=settings["batch_size"],
+        batch_size=setup.settings["batch_size"],
         seeds=seeds,
         seed=seed,
         workers=setup.machine.workers,
@@ -59,9 +57,9 @@ def store_once(store: Store, key: str, value: Any) -> Any:
     return store.get(key)
 
 
-def conductor_of(
-    setup: Setup, schedule: Schedule, clock: Clock, rows: Data, settings: dict[str, Any]
-) -> Conductor:
+def conductor_of(setup: Setup, schedule: Schedule, clock: Clock, rows: Data) -> Conductor:
+    """Who carries the schedule out. The learning rate rises over 6 % of a run, within a third of the first rung."""
+    settings = setup.settings
     epoch = -(-len(rows.splits.train) // settings["batch_size"])
     warm = 0
     if isinstance(schedule, Plan):

@@ -7,9 +7,9 @@ import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from tunewise.prepare import Prepared, complete, default_sizes, encode, load_base, prepare_data
+from tunewise.prepare import Prepared, RowArgs, complete, default_sizes, encode, load_base, prepare_data
 
 if TYPE_CHECKING:
     from tunewise.core.run import Run
@@ -59,22 +59,16 @@ def estimate(
     data: Any,
     *,
     method: Any = "lora",
-    task: Any = None,
-    train: Any = None,
-    valid: Any = None,
-    text_column: Any = None,
-    label_column: str | None = None,
     batch_size: int | None = None,
     epochs: float | None = None,
     steps: int | None = None,
-    max_length: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
     seed: int = 0,
-    skip_bad_rows: bool = False,
     options: dict[str, Any] | None = None,
     tokenizer: Any = None,
     say: Say | None = None,
+    **rows: Unpack[RowArgs],
 ) -> Estimate:
     """The cost of `tune` with the same arguments; reads rows, tokenizer and configuration, no weights.
 
@@ -98,21 +92,11 @@ def estimate(
     given = {"batch_size": batch_size, "epochs": epochs, "steps": steps, "dtype": dtype}
     given = {k: v for k, v in given.items() if v is not None} | (options or {})
     Settings.of(**given)
-    rows = prepare_data(
-        data,
-        task=task,
-        train=train,
-        valid=valid,
-        text_column=text_column,
-        label_column=label_column,
-        max_length=max_length,
-        skip_bad_rows=skip_bad_rows,
-        say=say,
-    )
-    settings = Settings.of(**{**default_sizes(rows.task.name, target.type), **given})
+    read = prepare_data(data, say=say, **rows)
+    settings = Settings.of(**{**default_sizes(read.task.name, target.type), **given})
     own = hasattr(model, "parameters")
     with torch.random.fork_rng(devices=[]):
-        prepared = load_base(model, tokenizer, method, rows, target, say, meta=not own)
+        prepared = load_base(model, tokenizer, method, read, target, say, meta=not own)
         encode(prepared, ("train", "valid"), say)
         loop = prepared.recipe.single("loop")
         reason = ""
@@ -125,7 +109,7 @@ def estimate(
             reason = f"{type(loop).__name__} is no loop of steps"
         say(f"{prepared.recipe.name} is measured on the loaded model: {reason}.")
         if not own:
-            loaded = load_base(model, tokenizer, method, rows, target, say)
+            loaded = load_base(model, tokenizer, method, read, target, say)
             loaded.examples = prepared.examples
             prepared = loaded
         return measure(prepared, settings, seed, reason)

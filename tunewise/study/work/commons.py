@@ -44,6 +44,11 @@ class Objects:
     task: Task | None = None
     methods: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything: then trials run in the user's own process."""
+        return self.model is not None or self.task is not None or bool(self.methods)
+
 
 @dataclass
 class Base:

@@ -226,12 +226,14 @@ class Conductor:
             row = self.store.add(name, None, rung=MEASURE, directory=f"trials/baselines/{name}")
             args: dict[str, Any] = {"study": study, "name": name, "directory": row.directory}
             jobs.append((row, "tunewise.study.work.measure:baseline", args, seconds))
+        timed: set[str] = set()
         for t in self.finalists():
             row = self.store.add(
                 t.method, t.rate, seed=t.seed, rung=MEASURE, steps=t.steps, directory=t.directory
             )
             args = {"study": study, "method": t.method, "directory": row.directory}
-            args |= {"seed": t.seed}
+            args |= {"seed": t.seed, "timed": t.method not in timed}
+            timed.add(t.method)
             jobs.append((row, "tunewise.study.work.measure:finalist", args, self.measuring(t.method)))
         self._measure_all([job for job in jobs if job[0].status == "waiting"])
 

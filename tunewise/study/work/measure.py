@@ -20,8 +20,10 @@ GENERAL, LARGE = 256, 200 * 2**20
 """Texts that show what is forgotten; a quarter of them for base models beyond so many bytes."""
 
 
-def finalist(study: str, method: str, seed: int, directory: str) -> dict[str, Any]:
-    """Test metrics, seconds per 1,000 rows and forgetting of a finished trial; rows go to `test.parquet`."""
+def finalist(study: str, method: str, seed: int, directory: str, timed: bool = True) -> dict[str, Any]:
+    """Test metrics and forgetting of a finished trial, and if `timed` seconds per 1,000 rows, which no seed changes;
+    rows go to `test.parquet`.
+    """
     from tunewise.diagnose.inference import inference_cost
     from tunewise.loop.evaluate import predict_rows
 
@@ -33,7 +35,7 @@ def finalist(study: str, method: str, seed: int, directory: str) -> dict[str, An
         metrics: dict[str, Any] = {**losses, **task.metrics(predictions, examples)}
         answers = _answers(run, task, rows, metrics)
         row_table(Path(study) / directory / "test.parquet", task, rows, predictions, answers)
-        metrics |= inference_cost(run, examples)
+        metrics |= inference_cost(run, examples) if timed else {}
         reference = _reference(study, base)
         metrics |= reference.measure(run.handle)
         notes = [reference.reason] if reference.reason else []

@@ -12,7 +12,7 @@ import torch
 
 from tests.models import VOCAB, tiny
 from tunewise.assets import cache_dir
-from tunewise.backbone import backbone_config, load
+from tunewise.backbone import backbone_config, load, renew
 from tunewise.core.errors import UserError
 from tunewise.head import ClassHead, ClozeHead
 
@@ -297,3 +297,18 @@ def test_demo_model() -> None:
 def test_which_model_a_head_reads(name: str, expected: tuple[str, str]) -> None:
     config = tiny(name).config
     assert (ClassHead().auto_for(config), ClozeHead().auto_for(config)) == expected
+
+
+@DEMO
+def test_renew_gives_the_weights_that_loading_gives() -> None:
+    torch.manual_seed(3)
+    fresh, _ = load("tiny-roberta", auto="sequence_classification", labels=["a", "b"])
+    after = torch.rand(2)
+    torch.manual_seed(4)
+    other, _ = load("tiny-roberta", auto="sequence_classification", labels=["a", "b"])
+    assert not torch.equal(fresh.classifier.dense.weight, other.classifier.dense.weight)  # type: ignore[union-attr]
+    torch.manual_seed(3)
+    renew(other)
+    assert torch.equal(torch.rand(2), after)  # whatever comes next is drawn alike
+    for (name, a), b in zip(fresh.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name

@@ -15,13 +15,14 @@ from tunewise.core.checkpoint import get_rng, set_rng
 from tunewise.core.forward import forward_of
 from tunewise.core.run import Run
 
-from .frozen import Frozen, find_frozen, row_keys
+from .frozen import Frozen, find_frozen, row_keys, weight_marks
 
 __all__ = ["Features", "frozen_features"]
 
 MOST = 64
 """Positions of an answer that are compared."""
 Store = MutableMapping[tuple[bytes, bytes], Tensor]
+Marks = Callable[[nn.Module, Frozen], tuple[bytes, ...]]
 
 
 class _Reached(Exception):
@@ -51,10 +52,14 @@ class Features:
     blocks    leading blocks whose states are served; 0: nothing is
     reason    one sentence that says why nothing (or no more) is served, None if all blocks are
     served    rows taken from the store so far; computed: rows that went through the frozen blocks
+    used      bytes of kept states
+    marks     names the frozen blocks' weights; those of tensors without values have no content to be named by
     """
 
-    def __init__(self, run: Run, store: Store, limit_bytes: int) -> None:
+    def __init__(self, run: Run, store: Store, limit_bytes: int, marks: Marks = weight_marks) -> None:
         self.run, self.store, self.limit = run, store, limit_bytes
+        self._name = marks
+        self._marks: tuple[bytes, ...] = ()
         self.served, self.computed = 0, 0
         self.collected: dict[int, Tensor] | None = None
         self.states: dict[int, Tensor] | None = None
@@ -87,6 +92,7 @@ class Features:
         self.frozen = find_frozen(self.run.model, both.inputs)
         if not self.blocks:
             return
+        self._marks = self._name(self.run.model, self.frozen)
         mask = both.inputs.get("attention_mask")
         self.padded = mask is not None and not bool(mask.all())
         real = self._answer(both)
@@ -167,7 +173,7 @@ class Features:
 
     def _states(self, inputs: dict[str, Tensor], keys: list[bytes]) -> dict[int, Tensor]:
         precision = _precision(self.run.device)
-        marks = {index: self.frozen.marks[index] + precision for index in self.frozen.needed}
+        marks = {index: self._marks[index] + precision for index in self.frozen.needed}
         missing = [i for i, key in enumerate(keys) if any((m, key) not in self.store for m in marks.values())]
         mask = inputs.get("attention_mask")
         rows = {index: [self.store.get((mark, key)) for key in keys] for index, mark in marks.items()}

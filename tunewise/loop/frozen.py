@@ -16,7 +16,7 @@ from tunewise.core.delta import SiteDelta, forms
 from tunewise.core.forward import is_quantized
 from tunewise.sites import find_sites
 
-__all__ = ["Frozen", "find_frozen", "row_keys"]
+__all__ = ["Frozen", "find_frozen", "row_keys", "weight_marks"]
 
 # What a configuration says about the answer, not about the blocks.
 ABOUT_ANSWERS = frozenset(
@@ -29,14 +29,16 @@ CHANGES = frozenset(("input", "weight", "output", "product", "around"))
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen leading blocks, those whose output is needed (the last, tapped ones), and a mark for each of
-    these: a digest of all weights that its output depends on.
+    """The frozen leading blocks, those whose output is needed (the last, tapped ones), and why there are no more.
+
+    before  modules that begin before the first block; around: those of them that end after it began
     """
 
     blocks: tuple[nn.Module, ...] = ()
     needed: tuple[int, ...] = ()
-    marks: tuple[bytes, ...] = ()
     reason: str | None = None
+    before: tuple[nn.Module, ...] = ()
+    around: frozenset[nn.Module] = frozenset()
 
 
 class _Trace:
@@ -82,7 +84,7 @@ class _Trace:
 
 
 def find_frozen(model: nn.Module, inputs: dict[str, Tensor]) -> Frozen:
-    """The leading blocks that end before the first change begins; needs one forward pass on `inputs`."""
+    """The leading blocks that end before the first change begins; needs one forward pass on `inputs`, no values."""
     reason = _obstacle(model)
     if reason is not None:
         return Frozen(reason=reason)
@@ -106,8 +108,8 @@ def find_frozen(model: nn.Module, inputs: dict[str, Tensor]) -> Frozen:
     tapped = {m for _, t in _deltas(model) for m in t.taps}
     needed = tuple(i for i, block in enumerate(frozen) if block in tapped or block is frozen[-1])
     more = f"{what}." if len(frozen) < len(blocks) else None
-    around = {m for m in before if trace.end[m] > trace.begin[blocks[0]]}
-    return Frozen(tuple(frozen), needed, _marks(model, before, around, frozen), more)
+    around = frozenset(m for m in before if trace.end[m] > trace.begin[blocks[0]])
+    return Frozen(tuple(frozen), needed, more, tuple(before), around)
 
 
 def _obstacle(model: nn.Module) -> str | None:
@@ -156,17 +158,16 @@ def _first_change(model: nn.Module, blocks: Sequence[nn.Module], trace: _Trace) 
     return min(found)
 
 
-def _marks(
-    model: nn.Module, before: Sequence[nn.Module], around: set[nn.Module], frozen: Sequence[nn.Module]
-) -> tuple[bytes, ...]:
+def weight_marks(model: nn.Module, frozen: Frozen) -> tuple[bytes, ...]:
+    """For each frozen block a digest of the configuration and of all weights that its output depends on."""
     config: Any = model.config
     said = {k: v for k, v in config.to_dict().items() if k not in ABOUT_ANSWERS}
     said["attention"] = getattr(config, "_attn_implementation", None)
     digest = hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16)
-    for module in before:  # what stands around the blocks has another name under another head
-        _add(digest, module, "" if module in around else type(module).__qualname__)
+    for module in frozen.before:  # what stands around the blocks has another name under another head
+        _add(digest, module, "" if module in frozen.around else type(module).__qualname__)
     marks = []
-    for block in frozen:
+    for block in frozen.blocks:
         for module in block.modules():
             if not isinstance(module, SiteDelta):
                 _add(digest, module, type(module).__qualname__)

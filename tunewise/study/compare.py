@@ -202,6 +202,7 @@ def _carry_out(conductor: Conductor, setup: Setup, say: Say, progress: bool) -> 
                 stages[name] = stages.get(name, 0.0) + seconds
             store.set("stages", stages)
             store.set("spent", spent)
+            conductor.tidy()
         except KeyboardInterrupt:
             setup.pool.close()
             for row in store.trials("running"):

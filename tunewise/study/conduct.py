@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -262,6 +263,11 @@ class Conductor:
             self.store.event("log", f"What trial {row.id} printed last.", trial=row.id, log=outcome.log)
             self.store.fail(row.id, outcome.reason or outcome.kind, cost=outcome.seconds)
         self.watch("end", {"trial": self.store.trial(row.id)})
+
+    def tidy(self) -> None:
+        """Checkpoints are only there to be gone on from."""
+        for folder in self.store.folder.glob("trials/*/*/checkpoints"):
+            shutil.rmtree(folder)
 
     def _costs(self, row: Row) -> dict[str, Any]:
         """What the configuration cost over all its rungs; nothing for a baseline, which says it itself."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
+from tunewise.core.errors import UserError
 from tunewise.prepare import Data
 from tunewise.study.budget import Clock
 from tunewise.study.conduct import Conductor
@@ -38,7 +40,7 @@ def halving_plan(setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int) 
     total = mean * (len(arms) - trained + finalists + further + 1) + sum(waiting.values())
     after = store_once(setup.store, "reserve", total / setup.machine.workers + setup.REPORT)
     before = store_once(setup.store, "setup_seconds", clock.spent)
-    return Plan(
+    plan = Plan(
         arms,
         budget=clock.budget,
         rows=len(rows.splits.train),
@@ -48,6 +50,20 @@ def halving_plan(setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int) 
         workers=setup.machine.workers,
         reserve=before + after,
     )
+    _check_disk(setup, plan)
+    return plan
+
+
+def _check_disk(setup: Setup, plan: Plan) -> None:
+    """Raises `UserError` where checkpoints have no room: weights and two moments of every configuration and seed."""
+    numbers = [setup.known[arm.method]["trainable"] for arm in plan.trained]
+    needed = 12 * (plan.n * sum(numbers) + plan.seeds * plan.finished * max(numbers, default=0)) + 2**26
+    free = shutil.disk_usage(setup.store.folder).free
+    if free < needed:
+        raise UserError(
+            f"The disk of {setup.store.folder} has {free / 2**30:,.1f} GiB left and the checkpoints of this study may "
+            f"take {needed / 2**30:,.1f} GiB: free some space, choose another --out, or compare fewer methods."
+        )
 
 
 def store_once(store: Store, key: str, value: Any) -> Any:

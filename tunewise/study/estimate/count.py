@@ -124,6 +124,8 @@ class Counter(TorchDispatchMode):
         if fake and name in ("index", "masked_select"):
             args = self._chosen(name, args)
             func = torch.ops.aten.index.Tensor
+        elif fake and name == "index_put_":
+            args = (*self._chosen(name, args), *args[2:])
         if not inputs and name in FACTORIES and _floating(kwargs):
             with self.mode:
                 out = func(*args, **kwargs)

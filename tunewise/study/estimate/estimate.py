@@ -83,6 +83,7 @@ def estimate(
     from tunewise.loop.single import Single
     from tunewise.machine import pick_device
     from tunewise.study.estimate.measure import measure
+    from tunewise.tune import FEATURES
 
     say = say or (lambda sentence: None)
     if isinstance(model, tuple):
@@ -112,7 +113,7 @@ def estimate(
             loaded = load_base(model, tokenizer, method, read, target, say)
             loaded.examples = prepared.examples
             prepared = loaded
-        return measure(prepared, settings, seed, reason)
+        return measure(prepared, settings, seed, reason, FEATURES)
 
 
 def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> Estimate:
@@ -120,8 +121,10 @@ def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> 
     from tunewise.core.run import Run
     from tunewise.machine import resident
     from tunewise.study.estimate.count import Counter, bytes_of, fake_copy, fake_mode
+    from tunewise.study.estimate.states import Kept
     from tunewise.study.estimate.steps import count_looks, count_steps
     from tunewise.study.estimate.timing import Clock, warm_up
+    from tunewise.tune import FEATURES
 
     warm_up(device)
     clock = Clock(device)
@@ -137,12 +140,25 @@ def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> 
     weights, state = bytes_of(places), sum(_size(v) for v in handle.state().values())
     counter = Counter(mode)
     counter.ignore(places)
-    trained = count_steps(run, counter, clock)
-    looked = count_looks(run, counter, clock, trained.steps)
+    states = Kept(run, counter, FEATURES)
+    with states.served():
+        trained = count_steps(run, counter, clock, states)
+        looked = count_looks(run, counter, clock, states)
     best = state if looked.times > 1 else 0
     peak = weights + max(
-        trained.peak + best, looked.peak + best, trained.kept + best + (state if looked.times else 0)
+        trained.peak + best,
+        looked.peak + best,
+        trained.kept + trained.states + best + (state if looked.times else 0),
     )
+    memory = {
+        "process": process,
+        "weights": weights,
+        "gradients": trained.gradients,
+        "moments": trained.moments,
+        "best state": best,
+        **({"frozen states": trained.states} if states.blocks else {}),
+        "activations": max(trained.alive - trained.kept, looked.alive - trained.kept, 0),
+    }
     return Estimate(
         **facts(prepared, run),
         steps=trained.steps,
@@ -152,15 +168,8 @@ def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> 
         peak_memory_mb=(process + peak * (HEAP if _heap_grows(device) else 1.0)) / MIB,
         alive_mb=peak / MIB,
         size_mb=state / MIB,
-        memory={
-            "process": process / MIB,
-            "weights": weights / MIB,
-            "gradients": trained.gradients / MIB,
-            "moments": trained.moments / MIB,
-            "best state": best / MIB,
-            "activations": max(trained.peak - trained.kept, looked.peak - trained.kept, 0) / MIB,
-        },
-        assumes=_assumptions(clock, settings, device),
+        memory={name: value / MIB for name, value in memory.items()},
+        assumes=_assumptions(clock, settings, device) + states.assumes(),
     )
 
 

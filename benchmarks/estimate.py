@@ -1,6 +1,6 @@
 """`tunewise estimate` against real runs: parameters, peak memory, CPU seconds, with and without glibc's heap growing.
 
-python benchmarks/estimate.py        # writes benchmarks/results/estimate.json; resumable, one thread, about 6 minutes
+python benchmarks/estimate.py        # writes benchmarks/results/estimate.json; resumable, one thread, about 10 minutes
 """
 
 from __future__ import annotations
@@ -19,33 +19,40 @@ from typing import Any
 TARGET = Path(__file__).parent / "results" / "estimate.json"
 # Which pieces malloc gives back to the system at once: all of 64 KiB and more, or what glibc thinks best.
 HEAPS = {"mapped": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "default": {}}
-SIZES = {"tiny-roberta": {"steps": 12}, "minilm": {"steps": 4}}
+STEPS = {"tiny-roberta": 12, "minilm": 4}
+# Three epochs, as `tune` takes by default: from the second one on, kept states are served to methods like these.
+LONG, KEEPING = 282, ("head_only", "ladder", "partial")
 DATA = {"tiny-roberta": "peptides", "minilm": "reviews"}
 
 
-def cells() -> list[tuple[str, str, str]]:
-    """(model, method, heap) of every comparison."""
+Cell = tuple[str, str, int, str]
+
+
+def cells() -> list[Cell]:
+    """(model, method, steps, heap) of every comparison."""
     from tunewise.core.method import method_names
 
     pairs = [("minilm", "lora"), ("minilm", "full")] + [("tiny-roberta", name) for name in method_names()]
-    return [(model, method, heap) for model, method in pairs for heap in HEAPS]
+    sized = [(model, method, STEPS[model]) for model, method in pairs]
+    sized += [("tiny-roberta", method, LONG) for method in KEEPING]
+    return [(*one, heap) for one in sized for heap in HEAPS]
 
 
-def options(model: str, method: str) -> dict[str, Any]:
+def options(method: str, steps: str) -> dict[str, Any]:
     """Arguments that both sides get."""
-    return {"method": method, **SIZES[model], "options": {"evaluations": 2}, "device": "cpu"}
+    return {"method": method, "steps": int(steps), "options": {"evaluations": 2}, "device": "cpu"}
 
 
-def estimated(model: str, method: str) -> dict[str, Any]:
+def estimated(model: str, method: str, steps: str) -> dict[str, Any]:
     """What the estimate says."""
     from tunewise.study.estimate.estimate import estimate
 
     start = time.perf_counter()
-    found = dataclasses.asdict(estimate(model, DATA[model], **options(model, method)))
+    found = dataclasses.asdict(estimate(model, DATA[model], **options(method, steps)))
     return found | {"took": time.perf_counter() - start}
 
 
-def real(model: str, method: str) -> dict[str, Any]:
+def real(model: str, method: str, steps: str) -> dict[str, Any]:
     """What a run reports; `cpu` are the loop's own CPU seconds, which a busy machine does not change."""
     import tunewise as tw
     from tunewise.loop.probe import FitHead
@@ -63,29 +70,30 @@ def real(model: str, method: str) -> dict[str, Any]:
 
     for loop in (Single, FitHead):
         loop.run = timed(loop.run)  # type: ignore[method-assign]
-    result = tw.tune(model, DATA[model], final_test=False, **options(model, method))
+    result = tw.tune(model, DATA[model], final_test=False, **options(method, steps))
     names = ("trainable", "seconds", "peak_memory_mb")
     return {name: result.metrics[name] for name in names} | {"cpu": seconds[0]}
 
 
-def child(side: str, model: str, method: str, heap: str) -> dict[str, Any]:
+def child(side: str, model: str, method: str, steps: int, heap: str) -> dict[str, Any]:
     """One side in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "MALLOC_MMAP_THRESHOLD_"}
     environment |= {"OMP_NUM_THREADS": "1", **HEAPS[heap]}
-    command = [sys.executable, __file__, side, model, method]
+    command = [sys.executable, __file__, side, model, method, str(steps)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{model} {method} {side}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def compare(cell: tuple[str, str, str]) -> dict[str, Any]:
+def compare(cell: Cell) -> dict[str, Any]:
     """One row of the result."""
-    model, method, heap = cell
+    model, method, steps, heap = cell
     guess, truth = child("estimated", *cell), child("real", *cell)
     return {
         "model": model,
         "method": method,
+        "steps": steps,
         "heap": heap,
         "how": guess["how"],
         "took": guess["took"],
@@ -133,12 +141,12 @@ def main() -> None:
     from tunewise.machine import environment
 
     rows = json.loads(TARGET.read_text())["rows"] if TARGET.is_file() else []
-    have = {(r["model"], r["method"], r["heap"]) for r in rows}
+    have = {(r["model"], r["method"], r["steps"], r["heap"]) for r in rows}
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(compare, [c for c in cells() if c not in have]):
             rows.append(row)
             write_json(TARGET, {"environment": environment(), "summary": {}, "rows": rows})
-            shown = ("model", "method", "heap", "how", "memory_ratio", "time_ratio")
+            shown = ("model", "method", "steps", "heap", "how", "memory_ratio", "time_ratio")
             print(*(f"{row[k]:.2f}" if isinstance(row[k], float) else row[k] for k in shown), flush=True)
     write_json(TARGET, {"environment": environment(), "summary": summary(rows), "rows": rows})
     print(json.dumps(summary(rows), indent=1))

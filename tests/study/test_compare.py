@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tests.study import tiny_study
@@ -89,34 +91,6 @@ def test_the_same_call_again_runs_nothing_anew(tiny: tuple[str, str], tmp_path: 
         compare(*tiny, **{**options, "trials": trials[:1]})
 
 
-def test_a_trial_that_was_continued_equals_one_in_one_piece(tiny: tuple[str, str], tmp_path: Path) -> None:
-    from tunewise.prepare import prepare_data
-    from tunewise.study.work import trial
-    from tunewise.study.work.commons import write_brief
-
-    data = prepare_data(tiny[1], say=lambda note: None)
-    write_brief(
-        tmp_path,
-        data,
-        model=tiny[0],
-        settings={"batch_size": 32},
-        device="cpu",
-        general=None,
-        cache_bytes=2**24,
-    )
-    common: dict[str, Any] = {"warmup_steps": 2, "last": True, "decay_from": 6}
-    study, lora = str(tmp_path), "lora(rank=2, dropout=0.1)"
-    whole = trial.train(study, lora, 1e-2, 3, 12, "whole", **common)
-    trial.train(study, lora, 1e-2, 3, 3, "cut", warmup_steps=2, last=False)
-    trial.train(study, lora, 1e-2, 3, 6, "cut", warmup_steps=2, last=False)
-    cut = trial.train(study, lora, 1e-2, 3, 12, "cut", **common)
-    files = [tmp_path / name / "adaptation" / "adaptation.safetensors" for name in ("whole", "cut")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert whole["metrics"]["score"] == cut["metrics"]["score"]
-    rates = [row["lr"] for row in whole["curve"] if "loss" in row]
-    assert rates[2:6] == [1e-2] * 4 and rates[-1] < rates[7] < 1e-2
-
-
 def test_a_trial_that_goes_wrong_does_not_touch_the_others(tiny: tuple[str, str], tmp_path: Path) -> None:
     trials = [{"method": f"{BAD}:{name}", "lr": 1e-3, "steps": 9} for name in ("nan", "fall")]
     trials.append({"method": "head_only", "lr": 1e-2, "steps": 9})
@@ -159,10 +133,42 @@ def test_what_cannot_be_compared_is_refused(tiny: tuple[str, str], tmp_path: Pat
         compare(*tiny, budget="soon", out=tmp_path / "c")
     with pytest.raises(UserError, match="Nothing can be preferred"):
         compare(*tiny, prefer="beauty", out=tmp_path / "d")
-    with pytest.raises(UserError, match="tenth of an epoch"):
-        compare(*tiny, methods="lora", budget="3s", out=tmp_path / "e")
+    with pytest.raises(UserError, match="was over before the methods were timed"):
+        compare(*tiny, methods="lora", budget="1s", out=tmp_path / "e")
     with pytest.raises(UserError, match="fits into --memory"):
         compare(*tiny, methods="lora", memory="10MB", out=tmp_path / "f")
+
+
+def test_trials_and_options_that_mean_nothing_are_refused(tiny: tuple[str, str], tmp_path: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"trials": [{"method": "lora"}]}, "needs lr and steps, for example lr=0.001"),
+        ({"trials": [{"method": "linear_probe", "steps": 3}]}, "neither lr nor steps"),
+        ({"options": {"epochs": 3}}, "epochs is what a comparison decides by itself"),
+        ({"tokenizer": tiny_study.tokenizer()}, "a named one brings its own"),
+        ({"general": [{"number": 3}]}, "no column of text"),
+    ]
+    for place, (options, words) in enumerate(refused):
+        with pytest.raises(UserError, match=words):
+            compare(*tiny, out=tmp_path / str(place), **options)
+
+
+def test_another_study_in_this_process_reads_its_own_rows(tmp_path: Path) -> None:
+    pair = (tiny_study.model(), tiny_study.tokenizer())
+    options: dict[str, Any] = {
+        "methods": [read_recipe("linear_probe")],
+        "budget": "2m",
+        "out": tmp_path / "s",
+    }
+    counts = []
+    for count in (240, 160):
+        study = compare(pair, tiny_study.rows(count), **options)
+        with Store.read(study.folder) as store:
+            counts.append(store.get("facts")["rows"]["test"])
+        kept = next(study.folder.glob("trials/*linear*/*/test.parquet"))
+        assert len(pd.read_parquet(kept)) == counts[-1]
+        shutil.rmtree(tmp_path / "s")
+    assert counts[0] > counts[1]
+    assert all(not name.startswith("tw_") for name, _ in pair[0].named_modules())
 
 
 def test_a_dry_run_plans_and_tunes_nothing(tiny: tuple[str, str], tmp_path: Path) -> None:

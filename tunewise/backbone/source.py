@@ -13,11 +13,12 @@ from typing import Any
 from tunewise.assets import MODELS, model_path
 from tunewise.core.errors import UserError, did_you_mean
 
-__all__ = ["Source", "find_source"]
+__all__ = ["Source", "fetch", "find_source"]
 
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SECONDS = 10
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,17 @@ def find_source(
         _ask_hub(text)
         return Source(text, text, False)
     return Source(text, text, True)
+
+
+def fetch(name: str | Path, note: Callable[[str], None] | None = None) -> None:
+    """Brings the files of a model onto this machine, once; what is there stays. Raises `UserError` as `find_source`."""
+    source = find_source(name, note=note)
+    if not source.local:
+        from huggingface_hub import snapshot_download
+
+        if note is not None:
+            note(f'Fetching "{source.name}" from the hub.')
+        snapshot_download(source.place, allow_patterns=list(FILES))
 
 
 def _checked_folder(path: Path) -> Path:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+from tunewise.backbone import fetch
 from tunewise.core.checkpoint import write_text
 from tunewise.core.errors import RunError, UserError
+from tunewise.core.method import read_recipe
+from tunewise.core.recipe import Recipe
 from tunewise.prepare import Data, RowArgs, default_sizes, prepare_data
 from tunewise.study.budget import Clock, parse_memory, parse_time
 from tunewise.study.conduct import Conductor
@@ -16,7 +19,8 @@ from tunewise.study.facts import write_facts
 from tunewise.study.halving import Plan
 from tunewise.study.judge.prefer import parse_prefer
 from tunewise.study.planning import conductor_of, halving_plan
-from tunewise.study.portfolio import BASELINES, read_methods
+from tunewise.study.portfolio import BASELINES, fits, prior, read_methods
+from tunewise.study.replay import Trial
 from tunewise.study.schedule import MEASURE, fixed_list
 from tunewise.study.setup import Setup, find_machine
 from tunewise.study.store import Store
@@ -27,6 +31,10 @@ __all__ = ["compare"]
 
 Say = Callable[[str], None]
 CACHE = 2**30  # bytes of frozen features that a worker keeps, at most
+PLANNED = (
+    *("lr", "steps", "epochs", "schedule", "warmup", "warmup_steps", "decay_from"),
+    *("evaluations", "checkpoint_every", "patience", "valid_rows"),
+)
 SEEDS = 3  # times as many seeds as were asked for, at most, where time is left
 
 
@@ -74,11 +82,22 @@ def compare(
     parse_prefer(prefer)
     if seeds < 1:
         raise UserError(f"seeds={seeds} is not valid: at least 1.")
+    if tokenizer is not None and isinstance(model, str | Path):
+        raise UserError(
+            "tokenizer= belongs to a model that is given as an object; a named one brings its own."
+        )
+    for name in PLANNED:
+        if name in (options or {}):
+            raise UserError(f"{name} is what a comparison decides by itself: leave it out.")
+    if isinstance(model, str | Path):
+        fetch(model, say)
     machine = find_machine(device, None if memory is None else parse_memory(memory), workers)
     read = prepare_data(data, say=say, **rows)
     if not read.splits.valid:
         raise UserError("A comparison chooses by validation rows, and there are none: give --valid.")
     given = {k: v for k, v in (("batch_size", batch_size), ("dtype", dtype)) if v is not None}
+    if getattr(read.task, "generation_metric", None):
+        read.task.references(read.splits.valid[:1])  # type: ignore[attr-defined]
     settings = {**default_sizes(read.task.name, machine.device.type), **given, **(options or {})}
     names, own, trials = _methods(methods, read.task.name, trials)
     held = _objects(model, tokenizer, read, rows, own)
@@ -93,6 +112,8 @@ def compare(
         "seed": seed,
         "settings": settings,
         "trials": trials,
+        "device": machine.device.type,
+        "own": {name: read_recipe(item).describe() for name, item in own.items()},
     }
     with Store.open(_folder(out, say), identity) as store:
         clock.before = float(store.get("spent", 0.0))
@@ -106,11 +127,12 @@ def compare(
             general=_general(general, store.folder),
             cache_bytes=min(CACHE, machine.limit // 4) if machine.limit else CACHE,
         )
-        asked = {**rows, **({} if device == "auto" else {"device": device})}
+        asked = {**rows, "device": None if device == "auto" else device}
         known = (model if held.model is None else None, data)
-        write_facts(store, identity, read, prefer, machine, known, asked)
+        write_facts(store, identity, read, prefer, machine, known, asked, general)
         with Setup(store, machine, clock, names, settings, say, held.any) as setup:
             planned = halving_plan(setup, read, clock, seeds, seed) if trials is None else fixed_list(trials)
+            setup.waiting(BASELINES.get(read.task.name, ()))
             say(planned.describe())
             store.set("plan", planned.describe().split("\n"))
             if dry_run:
@@ -125,23 +147,39 @@ def _methods(given: Any, task: str, trials: Any) -> tuple[list[str], dict[str, A
     def name_of(item: Any) -> Any:
         if isinstance(item, str):
             return item
-        from tunewise.core.method import read_recipe
-
         same = [name for name, known in own.items() if known is item]
-        name = read_recipe(item).name
-        while not same and name in own:
-            name += "'"
+        recipe = read_recipe(item)
+        if not fits(recipe, task):
+            raise UserError(
+                f"{recipe.name} reads another kind of answer than the task {task} has; leave it out."
+            )
+        name = recipe.name or "recipe"
+        taken = [known for known in own if known.partition("-")[0] == name]
+        name = f"{name}-{len(taken) + 1}" if taken and not same else name
         own[name] = own.get(name, item)
         return same[0] if same else name
 
     if trials is not None:
         named = [{**t, "method": name_of(t.get("method"))} if isinstance(t, Mapping) else t for t in trials]
         fixed = fixed_list(named)
+        for trial in fixed.trials:
+            _check_trial(trial, read_recipe(own.get(trial.method, trial.method)))
         return list(dict.fromkeys(trial.method for trial in fixed.trials)), own, named
     items = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     names = [name_of(item) for item in items]
     texts = [name for name in names if name not in own]
-    return list(dict.fromkeys([*read_methods(texts, task), *own])) if texts else list(own), own, None
+    return list(dict.fromkeys([*own, *read_methods(texts, task)])), own, None
+
+
+def _check_trial(trial: Trial, recipe: Recipe) -> None:
+    """What is solved takes neither steps nor a rate; everything else takes both."""
+    rates = prior(recipe)
+    if rates and (trial.lr is None or not trial.steps):
+        raise UserError(
+            f"A trial of {trial.method} needs lr and steps, for example lr={rates[len(rates) // 2]:g}."
+        )
+    if not rates and (trial.lr is not None or trial.steps):
+        raise UserError(f"{trial.method} is solved in one go: its trial takes neither lr nor steps.")
 
 
 def _general(given: Any, folder: Path) -> str | None:
@@ -149,10 +187,12 @@ def _general(given: Any, folder: Path) -> str | None:
     if given is None:
         return None
     from tunewise.data import read_rows
+    from tunewise.diagnose.forgetting import general_texts
 
     rows = read_rows(given).rows
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     write_text(folder / "data" / "general.jsonl", "".join(lines))
+    general_texts(str(folder / "data" / "general.jsonl"))
     return str(folder / "data" / "general.jsonl")
 
 
@@ -197,6 +237,8 @@ def _carry_out(conductor: Conductor, setup: Setup, say: Say, progress: bool) -> 
             ):
                 conductor.more_seeds(SEEDS * conductor.schedule.seeds)
             spent = conductor.clock.spent
+            if not conductor.begun:
+                return conclude(store)
             stages = store.get("stages")
             for name, seconds in (("tuning", tuned - begun), ("measuring", spent - tuned)):
                 stages[name] = stages.get(name, 0.0) + seconds

@@ -55,6 +55,8 @@ class Conductor:
         self.speeds, self.measuring, self.watch = dict(speeds or {}), measuring, watch
         self.batch, self.micro = batch, dict(store.get("micro", {}))
         self.left_out: list[str] = []
+        self.begun = 0
+        self._ran: dict[int, int] = {}
         self._places: dict[str, int] = {}
         self._saved = 0.0
 
@@ -108,6 +110,7 @@ class Conductor:
             trial.method, trial.lr, seed=trial.seed, rung=trial.rung, steps=trial.steps, directory=directory
         )
         last = trial.rung == self.schedule.last or not trial.steps
+        self._ran[row.id] = self.micro.get(trial.method, self.batch)
         args = {
             "study": str(self.store.folder),
             "method": trial.method,
@@ -126,6 +129,7 @@ class Conductor:
 
     def _submit(self, call: str, args: dict[str, Any], row: Row, limit: float) -> Future[Outcome]:
         self.store.start(row.id)
+        self.begun += 1
         self.watch("begin", {"trial": row})
         future: Future[Outcome] = self.pool.submit(
             {"call": call, "args": args},
@@ -153,7 +157,7 @@ class Conductor:
     def _end(self, trial: Trial, row: Row, outcome: Outcome) -> None:
         if outcome.kind == "stopped":
             self.store.requeue(row.id, "stopped", outcome.seconds)
-        elif outcome.kind == "memory" and trial.steps and self._halved(trial.method):
+        elif outcome.kind == "memory" and trial.steps and self._halved(trial.method, self._ran[row.id]):
             rows = self.micro[trial.method]
             said = f"{outcome.reason}; it goes on with {rows} rows per forward pass"
             self.store.event("memory", f"{trial.method}: {said}.", trial=row.id, micro_batch=rows)
@@ -169,12 +173,13 @@ class Conductor:
             self.store.fail(row.id, reason, cost=outcome.seconds)
         self.watch("end", {"trial": self.store.trial(row.id)})
 
-    def _halved(self, method: str) -> bool:
-        """Whether the method can be tried with half as many rows per forward pass."""
-        rows = self.micro.get(method, self.batch)
-        if rows <= 1:
+    def _halved(self, method: str, ran: int) -> bool:
+        """Whether the method can be tried with fewer rows per forward pass than the `ran` that were too many."""
+        if self.micro.get(method, self.batch) < ran:  # another trial of it has found out meanwhile
+            return True
+        if ran <= 1:
             return False
-        self.micro[method] = rows // 2
+        self.micro[method] = ran // 2
         self.store.set("micro", self.micro)
         return True
 
@@ -244,7 +249,7 @@ class Conductor:
             while jobs and len(running) < self.workers:
                 row, call, args, seconds = jobs.pop(0)
                 if self.clock.may_start(seconds):
-                    running[self._submit(call, args, row, max(1.0, self.clock.deadline))] = row
+                    running[self._submit(call, args, row, max(1.0, self.clock.deadline - LATER))] = row
                 else:
                     said = f"{row.method} (seed {row.seed}) was not measured: no time was left."
                     self.store.event("left out", said, trial=row.id)

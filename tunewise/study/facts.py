@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewise.prepare import Data
-from tunewise.study.budget import show_memory, show_time
+from tunewise.study.budget import show_time
 from tunewise.study.setup import Machine
 from tunewise.study.store import Store
 
@@ -22,6 +22,7 @@ def write_facts(
     machine: Machine,
     known: tuple[Any, Any],
     asked: Mapping[str, Any],
+    general: Any = None,
 ) -> None:
     """What the findings need to know; model and data are None where no command line could name them.
 
@@ -52,6 +53,7 @@ def write_facts(
         "methods": identity["methods"],
         "seeds": identity["seeds"],
         "prefer": prefer,
+        "general": str(general) if isinstance(general, plain) else None,
         "rows": {name: len(part) for name, part in rows.splits.items()},
         "batch_size": settings["batch_size"],
         "settings": settings,
@@ -79,12 +81,12 @@ def _command(facts: dict[str, Any], identity: dict[str, Any], out: Path | None) 
         return None
     words = ["tunewise", "compare", facts["model"], facts["data"], "--methods", ",".join(facts["methods"])]
     words += ["--budget", show_time(facts["budget"]), "--seeds", str(facts["seeds"])]
-    given = {**facts["options"], "prefer": facts["prefer"], "memory": facts["memory"], "out": out}
-    if facts["memory"]:
-        given["memory"] = show_memory(facts["memory"])
+    given = {**facts["options"], "prefer": facts["prefer"], "general": facts["general"], "out": out}
+    given |= {"seed": identity["seed"] or None, "memory": f"{facts['memory']}B" if facts["memory"] else None}
     for key, value in given.items():
         if value is not None:
-            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            words += [f"--{key.replace('_', '-')}", *([] if value is True else [text])]
     for key, value in facts["settings"].items():
         words += ["--set", f"{key}={value}"]
     return shlex.join(words)

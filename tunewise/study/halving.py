@@ -228,6 +228,9 @@ class Plan:
 
     def describe(self) -> str:
         """What each method will get, as text."""
+        if not self.trained:
+            each = ", ".join(f"{arm.method} ({show_time(arm.overhead)})" for arm in self.arms)
+            return f"Nothing has a learning rate to be tuned; solved once: {each}."
         lengths = self.lengths(self.length)
         runs = [
             f"{size} configurations to {length:,} steps ({length / self.epoch:.2g} epochs)"

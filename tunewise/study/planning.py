@@ -10,7 +10,7 @@ from tunewise.prepare import Data
 from tunewise.study.budget import Clock
 from tunewise.study.conduct import Conductor
 from tunewise.study.halving import Arm, Plan
-from tunewise.study.portfolio import BASELINES, prior
+from tunewise.study.portfolio import BASELINES, UNKNOWN_PRIOR, prior
 from tunewise.study.schedule import Fixed, Schedule
 from tunewise.study.setup import Setup
 from tunewise.study.store import Store
@@ -27,7 +27,7 @@ def halving_plan(setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int) 
     valid = len(rows.splits.valid)
     arms = []
     for name, s in speeds.items():
-        known = prior(setup.recipe(name)) if s["steps"] else ()
+        known = (prior(setup.recipe(name)) or UNKNOWN_PRIOR) if s["steps"] else ()
         look = s["row"] * valid
         over = s["solve"] + look + setup.LEAST if not s["steps"] else 2 * look + setup.LEAST
         arms.append(Arm(name, known, s["step"], over, keep=name in KEPT))
@@ -50,7 +50,8 @@ def halving_plan(setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int) 
         workers=setup.machine.workers,
         reserve=before + after,
     )
-    _check_disk(setup, plan)
+    if not any(t.cost for t in setup.store.trials()):
+        _check_disk(setup, plan)
     return plan
 
 

@@ -12,7 +12,16 @@ from tunewise.core.method import method_names, read_recipe
 from tunewise.core.reader import parse, source_of
 from tunewise.core.recipe import Recipe
 
-__all__ = ["BASELINES", "DEFAULT", "TUNED_BASELINES", "fits", "prior", "rates", "read_methods"]
+__all__ = [
+    "BASELINES",
+    "DEFAULT",
+    "TUNED_BASELINES",
+    "UNKNOWN_PRIOR",
+    "fits",
+    "prior",
+    "rates",
+    "read_methods",
+]
 
 DEFAULT = {
     "low-rank change of every linear layer": "lora",

@@ -95,6 +95,13 @@ class Setup:
             return self
         if self.machine.memory is not None:
             self._refuse_too_large()
+        # Plans depend on it: a study that goes on keeps its number of workers.
+        count = self.store.get("workers")
+        if count is None:
+            self.store.set("workers", self.machine.workers)
+        elif count != self.machine.workers:
+            self.say(f"The study was planned for {count} workers and goes on with as many.")
+            self.machine.workers = count
         self.pool = self._pool(self.machine.workers, self.machine.limit)
         return self
 
@@ -125,7 +132,7 @@ class Setup:
         if found is None:
             self.say("Estimating what memory each method needs.")
             with self._pool(self.machine.workers, None) as pool:
-                answers = self._ask(pool, "tunewise.study.work.trial:needs", self.names)
+                answers = self._ask(pool, "tunewise.study.work.speed:needs", self.names)
             found = {n: a.value["peak_memory_mb"] for n, a in answers.items() if a.ok}
             self.store.set("needs", found)
         fitting = []
@@ -153,28 +160,46 @@ class Setup:
             self.store.fail(row.id, reason)
             self.say(f"{name} takes no part: {reason}.")
 
-    def _ask(self, pool: Any, call: str, names: Sequence[str], key: str = "method") -> dict[str, Outcome]:
+    def _ask(
+        self,
+        pool: Any,
+        call: str,
+        names: Sequence[str],
+        key: str = "method",
+        more: Mapping[str, dict[str, Any]] | None = None,
+    ) -> dict[str, Outcome]:
         """The outcome of one job per name, all at once."""
         study = str(self.store.folder)
+        limit = min(TRY, max(1.0, self.clock.deadline))
         jobs: dict[str, Future[Outcome]] = {
             name: pool.submit(
-                {"call": call, "args": {"study": study, key: name}}, time_limit=TRY, silence=SILENCE
+                {"call": call, "args": {"study": study, key: name, **(more or {}).get(name, {})}},
+                time_limit=limit,
+                silence=SILENCE,
             )
             for name in names
         }
-        return {name: future.result() for name, future in jobs.items()}
+        found = {name: future.result() for name, future in jobs.items()}
+        self.store.set("spent", self.clock.spent)
+        return found
 
     def speeds(self) -> dict[str, dict[str, Any]]:
-        """What `trial.speed` found for every method that runs at all; the others get a row with the reason."""
+        """What `speed.speed` found for every method that runs at all; the others get a row with the reason."""
         new = [name for name in self.names if name not in self.known]
         if new:
             self.say(f"Timing {len(new)} methods, a few steps each.")
-            outcomes = self._ask(self.pool, "tunewise.study.work.trial:speed", new)
-            for name, outcome in outcomes.items():
+            for name, outcome in self._timed(new).items():
                 if outcome.ok:
                     self.known[name] = outcome.value
                 else:
                     self.known[name] = {"reason": outcome.reason or outcome.kind}
+            if not self.clock.deadline:
+                raise UserError(
+                    f"The budget of {show_time(self.clock.budget)} was over before the methods were timed: give more."
+                )
+            if all("reason" in found for found in self.known.values()):  # nothing to keep: it may be mended
+                reasons = list(dict.fromkeys(s["reason"] for s in self.known.values()))
+                raise UserError(f"No method can run: {'; '.join(reasons[:3])}")
             self.store.set("speeds", self.known)
             for note in dict.fromkeys(n for s in self.known.values() for n in s.get("notes", ())):
                 self.store.event("note", note)
@@ -184,9 +209,24 @@ class Setup:
                 self._give_up(name, self.known[name]["reason"])
             else:
                 found[name] = self.known[name]
-        if not found:
-            reasons = list(dict.fromkeys(s["reason"] for s in self.known.values()))
-            raise UserError(f"No method can run: {'; '.join(reasons[:3])}")
+        return found
+
+    def _timed(self, names: Sequence[str]) -> dict[str, Outcome]:
+        """Out of memory: with half as many rows per forward pass, down to one."""
+        call, found = "tunewise.study.work.speed:speed", dict[str, Outcome]()
+        rows = min(
+            self.settings.get("micro_batch") or self.settings["batch_size"], self.settings["batch_size"]
+        )
+        micro: dict[str, int] = dict(self.store.get("micro", {}))
+        left = list(names)
+        while left:
+            more = {name: {"micro_batch": micro[name]} for name in left if name in micro}
+            found |= self._ask(self.pool, call, left, more=more)
+            left = [n for n in left if found[n].kind == "memory" and micro.get(n, rows) > 1]
+            for name in left:
+                micro[name] = micro.get(name, rows) // 2
+                self.store.event("memory", f"{name} is tried with {micro[name]} rows per forward pass.")
+        self.store.set("micro", {n: m for n, m in micro.items() if n not in found or found[n].ok})
         return found
 
     def waiting(self, baselines: Sequence[str]) -> dict[str, float]:
@@ -213,5 +253,6 @@ class Setup:
 
     def measuring(self, name: str, rows: Data) -> float:
         """Expected seconds of a finalist on the test rows, with inference and forgetting."""
-        row = self.known.get(name, {}).get("row", 0.0)
-        return float(row * (len(rows.splits.test or rows.splits.valid) + 300) + 2 * self.LEAST)
+        known, count = self.known.get(name, {}), len(rows.splits.test or rows.splits.valid)
+        reading, answering = known.get("row", 0.0) * (count + 300), known.get("answer", 0.0) * count
+        return float(reading + answering + 2 * self.LEAST)

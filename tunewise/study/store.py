@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -102,6 +103,7 @@ class Store:
                 with self._write() as run:  # a plan that was given up before anything was tried
                     for name in ("trials", "events", "meta"):
                         run(f"DELETE FROM {name}")
+                    shutil.rmtree(self.folder / "trials", ignore_errors=True)
                     self._name(run, identity)
                 return
             key, old, new = different
@@ -195,7 +197,7 @@ class Store:
         """
         key = (method, rate, seed, rung, steps)
         if directory is not None:
-            self._inside(directory)
+            self.inside(directory)
         with self._write() as run:
             found = run(
                 "SELECT id FROM trials WHERE method = ? AND rate IS ? AND seed = ? AND rung = ? AND steps = ?",
@@ -208,7 +210,8 @@ class Store:
             run("UPDATE trials SET directory = ? WHERE id = ?", (place, made.lastrowid))
             return self.trial(made.lastrowid)
 
-    def _inside(self, directory: str) -> Path:
+    def inside(self, directory: str) -> Path:
+        """The place in the study's folder; raises `UserError` for one outside of it."""
         whole = (self.folder / directory).resolve()
         if not whole.is_relative_to(self.folder.resolve()):
             raise UserError(
@@ -218,7 +221,7 @@ class Store:
 
     def path(self, trial: Trial) -> Path:
         """Where the trial writes; raises `UserError` if the file names a place outside of the study."""
-        return self._inside(trial.directory)
+        return self.inside(trial.directory)
 
     def start(self, id: int) -> Trial:
         """waiting -> running: one more attempt."""

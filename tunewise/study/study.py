@@ -93,8 +93,8 @@ def conclude(store: Store, prefer: str | None = None) -> Study:
 
     found = findings(store, prefer=prefer)
     place, best = (found["choice"] or {}).get("directory"), store.folder / "best"
-    if place and (store.folder / place / "run.json").is_file():
-        _copy_best(store.folder / place, best)
+    if place and (store.inside(place) / "run.json").is_file():
+        _copy_best(store.inside(place), best)
     elif best.exists():
         shutil.rmtree(best)  # of an earlier choice
     write_json(store.folder / "findings.json", found)

@@ -29,17 +29,24 @@ class Kept:
     """
 
     def __init__(self, run: Run, counter: Counter, limit_bytes: int) -> None:
-        self.limit, self._store = limit_bytes, dict[tuple[bytes, bytes], torch.Tensor]()
+        self.limit, self.on_device = limit_bytes, run.device.type == "cpu"
+        self._store: dict[tuple[bytes, bytes], torch.Tensor] = {}
         with counter:
             self._features = Features(run, self._store, UNLIMITED, marks=_depths)
-        self._density = 0.0
-        self.on_device = run.device.type == "cpu"
-        rows = [e for part in run.streams.data.values() for e in part][:1]
+        self._density = {"train": 0.0, "valid": 0.0}
         if self.blocks:
-            self.forget()  # two rows were tried
-            with counter, self.served(), torch.no_grad():
+            with counter:
+                self._weigh(run)
+
+    def _weigh(self, run: Run) -> None:
+        """Bytes per token, in the precision of steps and in that of looks."""
+        rows = [e for part in run.streams.data.values() for e in part][:1]
+        dtype, kind = getattr(torch, run.settings.dtype), run.device.type
+        for stream, mixed in (("train", dtype is not torch.float32), ("valid", False)):
+            self.forget()
+            with self.served(), torch.no_grad(), torch.autocast(kind, dtype, enabled=mixed):
                 run.outputs(run.collate(rows))
-            self._density = self.held / _tokens(rows)
+            self._density[stream] = self.held / _tokens(rows)
 
     @property
     def blocks(self) -> int:
@@ -60,9 +67,9 @@ class Kept:
         self._store.clear()
         self._features.used = 0
 
-    def bytes(self, rows: Sequence[dict[str, Any]]) -> float:
-        """What the states of these rows take."""
-        return self._density * _tokens(rows)
+    def bytes(self, stream: str, rows: Sequence[dict[str, Any]]) -> float:
+        """What the states of these rows take; steps and looks differ in precision."""
+        return self._density[stream] * _tokens(rows)
 
     def assumes(self) -> list[str]:
         """What rests on kept states, in sentences."""

@@ -200,8 +200,8 @@ def _filling(run: Run, states: Kept) -> tuple[list[float], float]:
     """
     steps, batches = planned(run)
     every, rows = _looked(run)
-    seen = list(accumulate(states.bytes(b) for b in batches))
-    looked = states.bytes(rows)
+    seen = list(accumulate(states.bytes("train", b) for b in batches))
+    looked = states.bytes("valid", rows)
     wanted = [have + (looked if step >= every else 0) for step, have in enumerate(seen, 1)]
     wanted[-1] = seen[-1] + looked
     part = min(1.0, states.limit / wanted[-1]) if wanted[-1] else 1.0

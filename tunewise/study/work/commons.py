@@ -70,8 +70,9 @@ objects: dict[str, Objects] = {}
 def write_brief(folder: Path, data: Data, **facts: Any) -> None:
     """`data/*.jsonl` and `brief.json`: what a worker needs to know of the study, in plain text."""
     for name in SETS:
-        lines = [json.dumps(row, ensure_ascii=False, default=_plain) for row in data.splits[name]]
+        lines = [json.dumps(row, default=_plain) for row in data.splits[name]]
         write_text(folder / "data" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+    read_brief.cache_clear()
     known = {"data": data.name, "sha256": data.sha256, "task": data.task.describe()}
     write_json(folder / "brief.json", {**known, **facts})
 
@@ -155,3 +156,17 @@ def encode(prepared: Prepared, base: Base, names: Iterable[str]) -> list[str]:
         if rows:
             prepared.examples[name] = base.examples[key]
     return list(dict.fromkeys(notes))
+
+
+def settings_of(study: str, **own: Any) -> Any:
+    from tunewise.loop.settings import Settings
+
+    return Settings.of(**{**read_brief(study)[0]["settings"], **own})
+
+
+def smaller(study: str, micro_batch: int | None) -> dict[str, int]:
+    """Fewer rows per forward pass, in evaluations too: those without gradients may be twice as many."""
+    if micro_batch is None:
+        return {}
+    usual = settings_of(study).eval_batch_size
+    return {"micro_batch": micro_batch, "eval_batch_size": min(usual, 2 * micro_batch)}

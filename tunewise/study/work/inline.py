@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from tunewise.study.work.commons import features, objects
 from tunewise.study.work.worker_main import failure, find_function, forget
 from tunewise.study.work.workers import Outcome
 
@@ -48,8 +49,10 @@ class Inline:
         return future
 
     def close(self) -> None:
-        """Forgets the base models."""
+        """Forgets the base models and what was computed on them."""
         forget()
+        features.clear()
+        objects.clear()
 
     def __enter__(self) -> Inline:
         return self

@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tunewise.core.errors import UserError
 from tunewise.study.baselines.measured import PROMPTED, can, expected_seconds, measure_baseline
 from tunewise.study.baselines.measured import Base as BaseModel
 from tunewise.study.work.commons import Base, objects, open_base, read_brief, task_of
-from tunewise.study.work.trial import finished, shared_features, weights_of
+from tunewise.study.work.memory import warm_up, weights_of
+from tunewise.study.work.trial import finished, shared_features
 
 __all__ = ["baseline", "baseline_seconds", "finalist", "row_table"]
 
@@ -60,6 +62,7 @@ def _asked(study: str) -> BaseModel:
 def baseline_seconds(study: str, name: str) -> dict[str, Any]:
     """{"seconds": what measuring this baseline will take} or {"reason": why the base model cannot}."""
     facts, splits = read_brief(study)
+    warm_up(study)
     asked, task = _asked(study), task_of(study, facts)
     tokenizer = open_base(study, "base").tokenizer if name in PROMPTED else None
     reason = can(name, asked.config, tokenizer, task)
@@ -89,19 +92,23 @@ def _answers(run: Any, task: Any, rows: list[Any], metrics: dict[str, Any]) -> l
 
 
 def _reference(study: str, base: Base) -> Any:
-    """The frozen base on general text, once per base."""
-    from tunewise.diagnose.forgetting import base_side
+    """The frozen base on general text, once per base; what cannot be measured says why."""
+    from tunewise.diagnose.forgetting import General, base_side
 
     if "general" not in base.notes:
         facts, _ = read_brief(study)
-        base.notes["general"] = base_side(
-            base.model,
-            base.tokenizer,
-            name=facts["model"],
-            study=facts["data"],
-            general=facts["general"],
-            rows=GENERAL if weights_of(base) < LARGE else GENERAL // 4,
-        )
+        rows = GENERAL if weights_of(base) < LARGE else GENERAL // 4
+        try:
+            base.notes["general"] = base_side(
+                base.model,
+                base.tokenizer,
+                name=facts["model"],
+                study=facts["data"],
+                general=facts["general"],
+                rows=rows,
+            )
+        except UserError as error:  # about the general texts: no reason to lose the test rows
+            base.notes["general"] = General(reason=f"Forgetting is not measured: {error}")
     return base.notes["general"]
 
 

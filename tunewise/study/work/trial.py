@@ -1,140 +1,22 @@
-"""The jobs of a study's workers: how fast a method is, one trial of it."""
+"""The job of a worker for most of a study: one trial, from its last checkpoint to its next rung."""
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunewise.study.work.commons import Base, encode, features, prepare, read_brief
-from tunewise.study.work.worker_main import report
-from tunewise.task import Task
+from tunewise.study.work.commons import Base, encode, features, prepare, read_brief, settings_of, smaller
+from tunewise.study.work.curve import Curve
+from tunewise.study.work.memory import MIB, held_now, peak_of, size_of, warm_up
 
-__all__ = ["Curve", "finished", "needs", "shared_features", "speed", "train", "weights_of"]
+__all__ = ["finished", "shared_features", "train"]
 
 LOOKS = 4
-POINTS = 200
-SIGN = 0.3
-SAMPLE = 64
-MIB = 2**20
-
-_libraries: dict[str, int] = {}
-
-
-def warm_up(study: str) -> None:
-    """Imports what trials need, and looks what memory that takes, before a base model is loaded."""
-    if _libraries:
-        return
-    import accelerate  # noqa: F401
-    import sklearn.linear_model  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
-
-    import tunewise.loop.probe  # noqa: F401
-    from tunewise.machine import resident
-
-    torch.zeros(2, 2).requires_grad_().sum().backward()
-    read_brief(study)
-    _libraries["bytes"] = resident()
-
-
-def needs(study: str, method: str) -> dict[str, float]:
-    """What training by a method is expected to take, before any weight is loaded: {"peak_memory_mb"}."""
-    from tunewise.study.estimate.estimate import estimate
-
-    facts, splits = read_brief(study)
-    found = estimate(
-        facts["model"],
-        {"train": splits.train, "valid": splits.valid},
-        method=method,
-        task=Task.from_description(facts["task"]),
-        device=facts["device"],
-        options={**facts["settings"], "steps": 3},
-    )
-    return {"peak_memory_mb": found.peak_memory_mb}
-
-
-def _settings(study: str, **own: Any) -> Any:
-    from tunewise.loop.settings import Settings
-
-    return Settings.of(**{**read_brief(study)[0]["settings"], **own})
-
-
-def speed(study: str, method: str, seed: int = 0) -> dict[str, Any]:
-    """Seconds of a mean step, of the whole of a method that takes no steps, and of reading one row.
-
-    {"step", "solve", "row", "steps": whether it takes steps, "trainable", "peak_memory_mb", "notes"}
-    """
-    from tunewise.core.handle import attach
-    from tunewise.core.run import Run
-    from tunewise.loop.evaluate import predict_rows
-    from tunewise.machine import seed_everything
-    from tunewise.study.estimate.measure import measure
-
-    warm_up(study)
-    seed_everything(seed)
-    prepared, base = prepare(study, method)
-    notes = encode(prepared, base, ("train", "valid"))
-    settings = _settings(study, epochs=1.0)
-    found = measure(prepared, settings, seed, "")
-    handle = attach(prepared.model, prepared.recipe)
-    try:
-        run = Run(handle, data=prepared.examples, task=prepared.data.task, seed=seed, settings=settings)
-        run.tokenizer = prepared.tokenizer
-        rows = sorted(prepared.examples["valid"], key=lambda e: int(e.get("length", 0)))
-        middle = max(0, (len(rows) - SAMPLE) // 2)
-        rows = rows[middle : middle + SAMPLE]  # of mean length, as batches of like length are on the whole
-        predict_rows(run, rows[: settings.eval_batch_size])
-        start = time.perf_counter()
-        predict_rows(run, rows)
-        row = (time.perf_counter() - start) / len(rows)
-    finally:
-        handle.detach()
-    return {
-        "step": found.step_seconds,
-        "solve": 0.0 if found.steps else found.seconds,
-        "row": row,
-        "steps": bool(found.steps),
-        "trainable": found.trainable,
-        "peak_memory_mb": found.peak_memory_mb,
-        "notes": notes,
-    }
-
-
-class Curve:
-    """Rows of a run's log: kept for the learning curve, told to the parent, and timed between two steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.training, self.tokens, self.taken, self.steps = 0.0, 0, 0, steps
-        self._last = self._told = time.perf_counter()
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        now = time.perf_counter()
-        if "loss" in row:
-            self.training += now - self._last
-            self.tokens += int(row.get("tokens", 0))
-            self.taken += 1
-        self._last = now
-        self.rows.append({k: v for k, v in row.items() if k not in ("tokens", "resumed")})
-        if now - self._told >= SIGN:
-            self._told = now
-            report({"step": row["step"], "steps": self.steps})
-
-    def thinned(self) -> list[dict[str, Any]]:
-        """Looks as they are, and at most POINTS means of equal stretches of the training loss."""
-        looks = [row for row in self.rows if "loss" not in row and len(row) > 1]
-        losses = [row for row in self.rows if "loss" in row]
-        stride = max(1, -(-len(losses) // POINTS))
-        means = []
-        for i in range(0, len(losses), stride):
-            part = losses[i : i + stride]
-            mean = sum(row["loss"] for row in part) / len(part)
-            means.append({"step": part[-1]["step"], "loss": mean, "lr": part[-1]["lr"]})
-        return sorted([*means, *looks], key=lambda row: row["step"])
 
 
 def train(
@@ -161,56 +43,60 @@ def train(
     from tunewise.core.handle import attach
     from tunewise.core.run import Run
     from tunewise.loop.evaluate import evaluate
-    from tunewise.machine import PeakMemory, resident, seed_everything
+    from tunewise.machine import PeakMemory, seed_everything
 
     warm_up(study)
+    place = Path(study) / directory
+    if last and (found := _finished_before(place, steps)) is not None:
+        return found
     prepared, base = prepare(study, method)
     encode(prepared, base, ("train", "valid"))
     seed_everything(seed)
     renew(prepared.model)
-    place = Path(study) / directory
-    settings = _settings(
+    _forget_later(place, steps)
+    settings = settings_of(
         study,
         lr=lr,
-        steps=max(1, steps),
+        **({"steps": steps} if steps else {}),
         warmup_steps=warmup_steps,
         decay_from=decay_from if last else None,
         evaluations=LOOKS if last else 0,
         checkpoint_every=max(1, steps),
-        **({} if micro_batch is None else {"micro_batch": micro_batch}),
+        **smaller(study, micro_batch),
         **({} if last else {"schedule": "constant"}),
     )
-    before, held = resident(), _size(features.values())
+    before, held = held_now(), size_of(features.values())
     handle = attach(prepared.model, prepared.recipe)
     try:
         task = prepared.data.task
         run = Run(handle, data=prepared.examples, task=task, seed=seed, directory=place, settings=settings)
         run.tokenizer = prepared.tokenizer
-        curve = run.listen = Curve(steps)
+        curve = run.listen = Curve(run, steps)
         with (
             PeakMemory(run.device) as memory,
             shared_features(study, run) as frozen,
         ):
             start = time.perf_counter()
             run.recipe.single("loop").run(run)  # type: ignore[union-attr]
-            curve.training = curve.training or time.perf_counter() - start
+            seconds = curve.kept["training"] or time.perf_counter() - start
             run.listen = lambda row: None
             valid = evaluate(run, prepared.examples["valid"])
-        grown = _size(features.values()) - held + (before if run.device.type == "cpu" else 0)
+        grown = size_of(features.values()) - held if run.device.type == "cpu" else 0
         metrics: dict[str, Any] = {
             "score": valid.get(task.metric),
             **{f"valid/{k}": v for k, v in valid.items()},
-            "training": curve.training,
-            "alone": curve.training + row_seconds * _taken_over(run, frozen),
-            "peak_memory_mb": _peak(memory.bytes - grown, handle, base),
+            "training": seconds,
+            "alone": seconds + row_seconds * _taken_over(run, frozen),
+            "peak_memory_mb": peak_of(study, memory.bytes - before - grown, handle, base),
             "trainable": handle.trainable,
-            "tokens": curve.tokens,
+            "tokens": curve.kept["tokens"],
             "micro_batch": min(settings.micro_batch or settings.batch_size, settings.batch_size),
             "warmup_steps": warmup_steps,
             "shared_blocks": frozen.blocks,
         }
         if last:
-            metrics |= {"decay_from": decay_from, "size_mb": _keep(prepared, run, seed, place, metrics)}
+            metrics["decay_from"] = decay_from
+            metrics = _keep(prepared, run, seed, place, metrics, curve.thinned())
     finally:
         handle.detach()
     return {"metrics": metrics, "curve": curve.thinned()}
@@ -229,25 +115,27 @@ def _taken_over(run: Any, frozen: Any) -> int:
     return max(0, min(rows, frozen.served) - frozen.computed) if frozen.blocks else 0
 
 
-def _size(tensors: Iterable[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+def _forget_later(place: Path, steps: int) -> None:
+    """A checkpoint beyond `steps` belongs to another plan of the same study."""
+    for folder in (place / "checkpoints").glob("step-*"):
+        if steps and int(folder.name.partition("-")[2]) > steps:
+            shutil.rmtree(folder)
 
 
-def _peak(taken: int, handle: Any, base: Base) -> float:
-    """MiB that a process takes which does this alone: without what the worker keeps for others, and without the
-    originals of trained base weights, which are only there to be put back.
-    """
-    originals = _size(e.original for e in handle.existing.values())
-    return (taken - originals + weights_of(base) + _libraries["bytes"]) / MIB
+def _finished_before(place: Path, steps: int) -> dict[str, Any] | None:
+    """The answer of a trial that was killed between its end and its row in the store."""
+    from tunewise.record import read_record
+
+    facts = read_record(place) if (place / "run.json").is_file() else {}
+    if facts.get("status") != "done" or facts["trial"]["steps"] != steps:
+        return None
+    return {"metrics": facts["metrics"], "curve": facts["trial"]["curve"]}
 
 
-def weights_of(base: Base) -> int:
-    """Bytes of the base model."""
-    return _size([*base.model.parameters(), *base.model.buffers()])
-
-
-def _keep(prepared: Any, run: Any, seed: int, place: Path, metrics: dict[str, Any]) -> float:
-    """A run's folder as `tune` leaves it, ready for predict, merge and export; MiB of its adaptation."""
+def _keep(
+    prepared: Any, run: Any, seed: int, place: Path, metrics: dict[str, Any], curve: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A run's folder as `tune` leaves it, ready for predict, merge and export; the metrics with its size."""
     from tunewise.machine import environment
     from tunewise.record import Record, folder_size
 
@@ -261,14 +149,16 @@ def _keep(prepared: Any, run: Any, seed: int, place: Path, metrics: dict[str, An
         "settings": {k: v for k, v in asdict(run.settings).items() if k != "checkpoint_every"},
     }
     extra = {"task": identity["task"], "base": identity["model"]}
-    size = folder_size(run.handle.save(place / "adaptation", extra=extra)) / MIB
+    folder = run.handle.save(place / "adaptation", extra=extra)
+    metrics = {**metrics, "size_mb": folder_size(folder) / MIB}
     record.facts |= {
         "identity": identity,
         "data": {"name": prepared.data.name, "notes": []},
         "environment": environment(run.device),
+        "trial": {"steps": run.extra["trial"]["steps"], "curve": curve},
     }
-    record.finish(metrics={**metrics, "size_mb": size}, recipe_name=prepared.recipe.name)
-    return size
+    record.finish(metrics=metrics, recipe_name=prepared.recipe.name)
+    return metrics
 
 
 @contextmanager
@@ -277,12 +167,13 @@ def finished(study: str, method: str, seed: int, directory: str) -> Iterator[tup
     from tunewise.core.handle import restore
     from tunewise.core.run import Run
 
+    warm_up(study)
     prepared, base = prepare(study, method)
     encode(prepared, base, ("train", "valid", "test"))
     handle = restore(prepared.model, Path(study) / directory / "adaptation")
     try:
         prepared.recipe = handle.recipe
-        run = Run(handle, task=prepared.data.task, seed=seed, settings=_settings(study))
+        run = Run(handle, task=prepared.data.task, seed=seed, settings=settings_of(study))
         run.tokenizer = prepared.tokenizer
         yield run, prepared, base
     finally:

@@ -286,7 +286,7 @@ def chosen(store: Store) -> str:
 def test_report_beside_the_writer(capsys: Capture, study: Store) -> None:
     assert cli.run(["report", str(study.folder)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Take full at learning rate 0.001.") and "Not finished: 1 trial (ia3)." in out
+    assert out.startswith("Take full at learning rate 0.001.") and "1 trial (ia3)." in out
     assert chosen(study) == "full"
     assert "Take full" in (study.folder / "report.html").read_text(encoding="utf-8")
     study.set("spent", 3.0)

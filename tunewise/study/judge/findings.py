@@ -28,6 +28,7 @@ from tunewise.study.judge.prefer import Choice, choose, parse_prefer
 from tunewise.study.judge.row_scores import TestRows
 from tunewise.study.judge.statistics import verdict
 from tunewise.study.report.cells import score as written
+from tunewise.study.schedule import MEASURE
 from tunewise.study.store import Store
 from tunewise.study.tables import Trial
 
@@ -230,9 +231,12 @@ class _View:
 
     def _unfinished(self) -> Iterator[str]:
         left = [t for t in self.trials if t.status in ("waiting", "running")]
-        if left:
-            names = ", ".join(dict.fromkeys(t.method for t in left))
-            yield f"Not finished: {len(left)} trial{'s' if len(left) > 1 else ''} ({names})."
+        open_ended = [t for t in left if t.rung != MEASURE]
+        unread = [t for t in left if t.rung == MEASURE]
+        if open_ended:
+            yield f"Not finished: {_counted(open_ended)}."
+        if unread and not open_ended:
+            yield f"No time was left to read the test rows with {_counted(unread)}."
 
     def _left_out(self) -> Iterator[str]:
         measured = {f.method for f in self.done}
@@ -250,3 +254,8 @@ class _View:
 
 def _at(rate: float | None) -> str:
     return "" if rate is None else f" at learning rate {rate:g}"
+
+
+def _counted(trials: Sequence[Trial]) -> str:
+    names = ", ".join(dict.fromkeys(t.method for t in trials))
+    return f"{len(trials)} trial{'s' if len(trials) > 1 else ''} ({names})"

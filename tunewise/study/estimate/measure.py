@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-from tunewise.core.handle import attach
+from tunewise.core.handle import Handle, attach
 from tunewise.core.run import Run
 from tunewise.loop.features import frozen_features
 from tunewise.loop.settings import Settings
@@ -30,6 +30,16 @@ def measure(
     limit_bytes  what the run may keep of frozen states; None: all blocks are passed every time
     """
     handle = attach(prepared.model, prepared.recipe, undo=prepared.own_model)
+    try:
+        return _measured(prepared, handle, settings, seed, reason, limit_bytes)
+    finally:
+        if prepared.own_model:
+            handle.detach()
+
+
+def _measured(
+    prepared: Prepared, handle: Handle, settings: Settings, seed: int, reason: str, limit_bytes: int | None
+) -> Estimate:
     whole = Run(handle, data=prepared.examples, task=prepared.data.task, seed=seed, settings=settings)
     whole.tokenizer = prepared.tokenizer
     with PeakMemory(whole.device) as memory:
@@ -57,8 +67,6 @@ def measure(
     )
     if kept:
         made.assumes.append("The states below everything that is trained are computed once per row and kept.")
-    if prepared.own_model:
-        handle.detach()
     return made
 
 

@@ -102,7 +102,7 @@ def count_steps(run: Run, counter: Counter, clock: Clock, states: Kept) -> Steps
         have + min(new.at(new.peak, size), new.peak[-1]) for have, size in zip(filled, sizes, strict=True)
     ]
     if steps > len(batches):
-        peaks.append(filled[-1] + known.peak[-1])
+        peaks.append(filled[-1] + (known if part == 1.0 else new).peak[-1])
     mean, later = sum(sizes) / len(sizes), part * (1 - len(batches) / steps)
     return Steps(
         steps,
@@ -135,7 +135,8 @@ def count_looks(run: Run, counter: Counter, clock: Clock, states: Kept) -> Looks
     sizes = [_padded(b, size) for b in batches]
     filled, part = _filling(run, states)
     at_first = filled[min(every, len(filled)) - 1]
-    peak = max(at_first + new.peak[-1], filled[-1] + known.peak[-1] if times > 1 else 0)
+    again = known if part == 1.0 else new
+    peak = max(at_first + new.peak[-1], filled[-1] + again.peak[-1] if times > 1 else 0)
     mean, later = sum(sizes) / len(sizes), part * (1 - 1 / times)
     seconds = (1 - later) * new.at(new.seconds, mean) + later * known.at(known.seconds, mean)
     return Looks(times, seconds * len(batches), peak, new.peak[-1])

@@ -88,49 +88,49 @@ def scores(folders: list[Path]) -> dict[str, np.ndarray]:
 
 
 def summary(case: dict[str, Any], data: str, work: Path) -> dict[str, Any]:
-    """Per repeat: what was chosen, its regret, and how it stands to LoRA at its default rate."""
+    """Per repeat: what was chosen, and against the long reference, if it was run, the regret and the rest."""
+    places = [work / f"{data}-grid", work / f"{data}-seeds"]
+    long = scores(places) if all((place / "findings.json").is_file() for place in places) else {}
+    default = long.pop(DEFAULT, None)
+    found: dict[str, Any] = {"case": {**case, "data": data}, "environment": environment(), "repeats": []}
+    if default is not None:
+        found["reference"] = {n: {"accuracy": float(r.mean()), "seeds": len(r)} for n, r in long.items()}
+        found["reference_best"] = best_of(long)
+        found["default_lora"] = {"accuracy": float(default.mean()), "seeds": len(default)}
+    for folder in sorted(work.glob(f"{data}-[0-9]")):
+        if (folder / "done.json").is_file():
+            found["repeats"].append(one_repeat(folder, long, default))
+    return found
+
+
+def one_repeat(folder: Path, long: dict[str, np.ndarray], default: np.ndarray | None) -> dict[str, Any]:
+    """How one study within the budget ended."""
     from scipy.stats import kendalltau
 
-    long = scores([work / f"{data}-grid", work / f"{data}-seeds"])
-    default = long.pop(DEFAULT)
-    best = best_of(long)
-    found: dict[str, Any] = {
-        "case": {**case, "data": data},
-        "environment": environment(),
-        "reference": {
-            name: {"accuracy": float(rows.mean()), "seeds": len(rows)} for name, rows in long.items()
-        },
-        "reference_best": best,
-        "default_lora": {"accuracy": float(default.mean()), "seeds": len(default)},
-        "repeats": [],
+    study, own = tw.Study(folder), scores([folder])
+    chosen = study.findings["choice"]["method"]
+    tuned = [r for r in study.findings["rows"] if r["kind"] == "tuned" and r.get(METRIC) is not None]
+    value = interval(own[chosen])
+    made: dict[str, Any] = {
+        "wall_seconds": json.loads((folder / "done.json").read_text())["wall"],
+        "budget_seconds": study.findings["spent"]["budget"],
+        "methods_finished": len(tuned),
+        "chosen": chosen,
+        "accuracy": [value.value, value.low, value.high],
+        "rows": [{k: r.get(k) for k in ("method", "lr", "seeds", METRIC, "steps")} for r in tuned],
+        "decision": study.decision,
     }
-    for folder in sorted(work.glob(f"{data}-[0-9]")):
-        if not (folder / "done.json").is_file():
-            continue
-        study = tw.Study(folder)
-        own = scores([folder])
-        chosen = study.findings["choice"]["method"]
-        regret = paired_difference(long[best], own[chosen])
-        against = paired_difference(own[chosen], default)
-        both = [name for name in own if name in long and name in read_methods()]
-        tau = kendalltau([own[n].mean() for n in both], [long[n].mean() for n in both])
-        tuned = [r for r in study.findings["rows"] if r["kind"] == "tuned" and r.get(METRIC) is not None]
-        value = interval(own[chosen])
-        found["repeats"].append(
-            {
-                "wall_seconds": json.loads((folder / "done.json").read_text())["wall"],
-                "budget_seconds": study.findings["spent"]["budget"],
-                "methods_finished": len(tuned),
-                "chosen": chosen,
-                "accuracy": [value.value, value.low, value.high],
-                "regret": [regret.difference, regret.low, regret.high],
-                "minus_default_lora": [against.difference, against.low, against.high],
-                "kendall_tau": float(tau.statistic),
-                "rows": [{k: r.get(k) for k in ("method", "lr", "seeds", METRIC, "steps")} for r in tuned],
-                "decision": study.decision,
-            }
-        )
-    return found
+    if default is None:
+        return made
+    regret = paired_difference(long[best_of(long)], own[chosen])
+    against = paired_difference(own[chosen], default)
+    both = [name for name in own if name in long]
+    tau = kendalltau([own[n].mean() for n in both], [long[n].mean() for n in both])
+    return made | {
+        "regret": [regret.difference, regret.low, regret.high],
+        "minus_default_lora": [against.difference, against.low, against.high],
+        "kendall_tau": float(tau.statistic),
+    }
 
 
 def main() -> None:

@@ -176,3 +176,53 @@ def test_a_dry_run_plans_and_tunes_nothing(tiny: tuple[str, str], tmp_path: Path
     study = compare(*tiny, methods="lora", budget="2m", out=tmp_path / "s", dry_run=True, say=said.append)
     assert any("learning rates each" in sentence for sentence in said)
     assert len(study.trials) == 0
+
+
+def test_where_lower_is_better(tiny: tuple[str, str], tmp_path: Path) -> None:
+    numbers = [{"text": row["text"], "grade": float(len(row["text"].split()))} for row in tiny_study.rows()]
+    trials = [
+        *[{"method": "head_only", "lr": lr, "steps": 30} for lr in (1e-6, 1e-2)],
+        {"method": "linear_probe"},
+    ]
+    study = compare(
+        tiny[0],
+        numbers,
+        task="regression",
+        label_column="grade",
+        trials=trials,
+        budget="5m",
+        workers=1,
+        out=tmp_path / "s",
+    )
+    table = study.table.set_index("method")
+    assert study.findings["metric"] == "rmse" and not study.findings["higher_is_better"]
+    assert {"mean", "tfidf", "head_only", "linear_probe"} <= set(table.index)
+    assert table.loc["head_only", "lr"] == 1e-2  # the rate with the lower error
+    assert study.findings["choice"]["method"] == table["rmse"].idxmin()
+
+
+def test_a_language_model(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, vocab_size=tiny_study.VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny_study.tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": row["text"], "answer": "w5 w6 w7"} for row in tiny_study.rows(160)]
+    study = compare(
+        str(tmp_path / "model"),
+        rows,
+        task="causal",
+        text_column="prompt",
+        label_column="answer",
+        trials=[{"method": "lora(rank=2)", "lr": 1e-2, "steps": 20}],
+        budget="5m",
+        workers=1,
+        out=tmp_path / "s",
+    )
+    table = study.table.set_index("method")
+    assert study.findings["metric"] == "loss"
+    assert table.loc["lora(rank=2)", "loss"] < table.loc["zero_shot", "loss"]
+    assert any(
+        "Forgetting is not measured" in note for note in study.findings["notes"]
+    )  # of another language

@@ -1,6 +1,7 @@
 """`tunewise estimate` against real runs: parameters, peak memory, CPU seconds, with and without glibc's heap growing.
 
-python benchmarks/estimate.py        # writes benchmarks/results/estimate.json; resumable, one thread, about 10 minutes
+python benchmarks/estimate.py              # writes benchmarks/results/estimate.json; resumable, one thread, 15 minutes
+python benchmarks/estimate.py again lora   # measures the cells of these methods anew
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -135,12 +137,13 @@ def _kept(row: dict[str, Any]) -> float:
     return (row["real"]["peak_memory_mb"] - process) / alive if process else 0.0
 
 
-def main() -> None:
-    """Fills in the cells that are missing."""
+def main(again: Sequence[str] = ()) -> None:
+    """Fills in the cells that are missing, and those of the methods that are to be measured again."""
     from tunewise.core.checkpoint import write_json
     from tunewise.machine import environment
 
     rows = json.loads(TARGET.read_text())["rows"] if TARGET.is_file() else []
+    rows = [r for r in rows if r["method"] not in again]
     have = {(r["model"], r["method"], r["steps"], r["heap"]) for r in rows}
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(compare, [c for c in cells() if c not in have]):
@@ -153,7 +156,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] == ["again"]:
+        main(sys.argv[2:])
+    elif len(sys.argv) > 1:
         side, *names = sys.argv[1:]
         print(json.dumps((estimated if side == "estimated" else real)(*names)))
     else:

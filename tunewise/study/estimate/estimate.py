@@ -83,6 +83,7 @@ def estimate(
     from tunewise.loop.single import Single
     from tunewise.machine import pick_device
     from tunewise.study.estimate.measure import measure
+    from tunewise.study.estimate.timing import now_of
     from tunewise.tune import FEATURES
 
     say = say or (lambda sentence: None)
@@ -113,7 +114,7 @@ def estimate(
             loaded = load_base(model, tokenizer, method, read, target, say)
             loaded.examples = prepared.examples
             prepared = loaded
-        return measure(prepared, settings, seed, reason, FEATURES)
+        return measure(prepared, settings, seed, reason, FEATURES, now_of(target))
 
 
 def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> Estimate:

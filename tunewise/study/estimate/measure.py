@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,39 +20,52 @@ from tunewise.study.estimate.steps import planned
 
 __all__ = ["measure"]
 
+Now = Callable[[], float]
 FEW, MORE = 96, 384
 
 
 def measure(
-    prepared: Prepared, settings: Settings, seed: int, reason: str, limit_bytes: int | None = None
+    prepared: Prepared,
+    settings: Settings,
+    seed: int,
+    reason: str,
+    limit_bytes: int | None = None,
+    now: Now = time.perf_counter,
 ) -> Estimate:
     """Runs a plain loop for one step and two timed ones, any other loop on few rows and on some more.
 
     limit_bytes  what the run may keep of frozen states; None: all blocks are passed every time
+    now          seconds by the clock that counts
     """
     handle = attach(prepared.model, prepared.recipe, undo=prepared.own_model)
     try:
-        return _measured(prepared, handle, settings, seed, reason, limit_bytes)
+        return _measured(prepared, handle, settings, seed, reason, limit_bytes, now)
     finally:
         if prepared.own_model:
             handle.detach()
 
 
 def _measured(
-    prepared: Prepared, handle: Handle, settings: Settings, seed: int, reason: str, limit_bytes: int | None
+    prepared: Prepared,
+    handle: Handle,
+    settings: Settings,
+    seed: int,
+    reason: str,
+    limit_bytes: int | None,
+    now: Now,
 ) -> Estimate:
     whole = Run(handle, data=prepared.examples, task=prepared.data.task, seed=seed, settings=settings)
     whole.tokenizer = prepared.tokenizer
     with PeakMemory(whole.device) as memory:
         if isinstance(prepared.recipe.single("loop"), Single):
-            steps, each, kept, room = _steps(whole, limit_bytes)
+            steps, each, kept, room = _steps(whole, limit_bytes, now)
             seconds, about = (
                 steps * each,
                 "Two steps, extended to all; looks at validation rows are not in it.",
             )
         else:
             steps, each = 0, 0.0
-            seconds, kept, room = _passes(whole, limit_bytes)
+            seconds, kept, room = _passes(whole, limit_bytes, now)
             about = "Passes over few and over more rows, extended to all of them."
     peak = memory.bytes + (room - kept if whole.device.type == "cpu" else 0.0)
     made = Estimate(
@@ -70,7 +84,7 @@ def _measured(
     return made
 
 
-def _steps(whole: Run, limit_bytes: int | None) -> tuple[int, float, int, float]:
+def _steps(whole: Run, limit_bytes: int | None, now: Now) -> tuple[int, float, int, float]:
     """(steps of the run, seconds of a mean one, bytes of frozen states now and in the run), after a step that is not
     counted.
 
@@ -84,15 +98,15 @@ def _steps(whole: Run, limit_bytes: int | None) -> tuple[int, float, int, float]
     rows: list[tuple[float, float]] = []
     limit = limit_bytes if epoch > 1 else None
     _, kept = _execute(
-        whole, data, settings, limit, lambda row: rows.append((time.perf_counter(), row.get("tokens", 0)))
+        whole, data, settings, limit, now, lambda row: rows.append((now(), row.get("tokens", 0)))
     )
     mean = _tokens(everything) / epoch
     if not kept:
         timed = sum(tokens for _, tokens in rows[1:])
         return steps, (rows[-1][0] - rows[0][0]) / 2 * (2 * mean / timed if timed else 1.0), 0, 0.0
     new, known = (
-        (now - before) * (mean / tokens if tokens else 1.0)
-        for (before, _), (now, tokens) in zip(rows, rows[1:], strict=False)
+        (after - before) * (mean / tokens if tokens else 1.0)
+        for (before, _), (after, tokens) in zip(rows, rows[1:], strict=False)
     )
     looked = whole.streams.data.get("valid", ())[: whole.settings.valid_rows]
     wanted, room = _wanted(kept, data, [*everything, *looked], limit)
@@ -100,13 +114,13 @@ def _steps(whole: Run, limit_bytes: int | None) -> tuple[int, float, int, float]
     return steps, (1 - later) * new + later * known, kept, room
 
 
-def _passes(whole: Run, limit_bytes: int | None) -> tuple[float, int, float]:
+def _passes(whole: Run, limit_bytes: int | None, now: Now) -> tuple[float, int, float]:
     """(seconds on all rows, on a straight line through two smaller runs, after one that pays for imports; bytes of
     frozen states now and in the run).
     """
     examples = whole.streams.data
     samples = [{n: _sample(list(rows), count) for n, rows in examples.items()} for count in (FEW, FEW, MORE)]
-    done = [_execute(whole, data, whole.settings, limit_bytes, lambda row: None) for data in samples]
+    done = [_execute(whole, data, whole.settings, limit_bytes, now, lambda row: None) for data in samples]
     few, more, everything = (sum(map(_tokens, d.values())) for d in (samples[1], samples[2], examples))
     (_, (first, _), (second, kept)) = done
     _, room = _wanted(kept, samples[2], [e for rows in examples.values() for e in rows], limit_bytes)
@@ -121,16 +135,18 @@ def _wanted(kept: int, data: Any, rows: Any, limit_bytes: int | None) -> tuple[f
     return wanted, max(kept, min(wanted, limit_bytes or 0))
 
 
-def _execute(whole: Run, data: Any, settings: Any, limit_bytes: int | None, listen: Any) -> tuple[float, int]:
+def _execute(
+    whole: Run, data: Any, settings: Any, limit_bytes: int | None, now: Now, listen: Any
+) -> tuple[float, int]:
     """(seconds of the recipe's own loop on these rows, bytes of frozen states that it has kept)."""
     run = Run(whole.handle, data=data, task=whole.task, seed=whole.seed, settings=settings)
     run.tokenizer, run.listen = whole.tokenizer, listen
     loop: Any = run.recipe.single("loop")
     aside: Any = nullcontext() if limit_bytes is None else frozen_features(run, {}, limit_bytes=limit_bytes)
     with aside as features:
-        start = time.perf_counter()
+        start = now()
         loop.run(run)
-        return time.perf_counter() - start, 0 if features is None else features.used
+        return now() - start, 0 if features is None else features.used
 
 
 def _tokens(rows: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_structure, tree_unflatten
 
 from tunewise.study.estimate.count import Call, Shape, Work
 
-__all__ = ["COLD", "Clock", "warm_up"]
+__all__ = ["COLD", "Clock", "now_of", "warm_up"]
 
 # A call is repeated while it is short; one that touches more than LARGE bytes or does more than LONG operations
 # is not executed but follows from the rates of the others: an estimate must not take a run's memory or time.
@@ -21,6 +22,12 @@ LARGE, LONG = 2**28, 2e10
 # An operation in a run takes longer than alone: its data left the cache, and Python and autograd stand around it.
 # The inverse of the median of `time_alone` in benchmarks/results/estimate.json.
 COLD = 1.2
+
+
+def now_of(device: torch.device) -> Callable[[], float]:
+    """Seconds so far: one thread's CPU time, which does not see what else the machine does; else the time of day."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 class Clock:
@@ -35,9 +42,7 @@ class Clock:
         self.flops, self.busy, self.skipped = 0.0, 0.0, set[str]()
         self._known: dict[Call, float] = {}
         self._products, self._moved = [0.0, 0.0], 0.0
-        # One thread's CPU time does not see what else the machine does.
-        alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self._now = time.thread_time if alone else time.perf_counter
+        self._now = now_of(device)
 
     @property
     def rate(self) -> float:

@@ -108,18 +108,18 @@ def compare(cell: Cell) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shares of cells within bounds, by heap."""
+    """Shares of cells within bounds, by heap and of all."""
     from tunewise.study.estimate.timing import COLD
 
     found: dict[str, Any] = {"trainable_exact": all(r["trainable_equal"] for r in rows)}
-    for heap in HEAPS:
-        mine = [r for r in rows if r["heap"] == heap]
+    for heap in (*HEAPS, "all"):
+        mine = [r for r in rows if heap in (r["heap"], "all")]
         memory, seconds = [r["memory_ratio"] for r in mine], [r["time_ratio"] for r in mine]
         found[heap] = {
             "cells": len(mine),
             "memory_within_10": sum(abs(v - 1) <= 0.10 for v in memory) / len(mine),
             "memory_within_25": sum(abs(v - 1) <= 0.25 for v in memory) / len(mine),
-            # Real memory beyond the process itself, over what is counted as alive: where HEAP comes from.
+            # Real memory beyond the process and the frozen states, over what else is alive: where HEAP comes from.
             "kept_over_alive": statistics.median(v for r in mine if (v := _kept(r))),
             "memory_median": statistics.median(memory),
             "time_within_25": sum(abs(v - 1) <= 0.25 for v in seconds) / len(mine),
@@ -132,9 +132,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _kept(row: dict[str, Any]) -> float:
     """0 for measured methods, whose parts are not known."""
-    process = row["estimated"]["memory"].get("process")
-    alive = row["estimated"]["alive_mb"]
-    return (row["real"]["peak_memory_mb"] - process) / alive if process else 0.0
+    memory = row["estimated"]["memory"]
+    if not memory:
+        return 0.0
+    states = memory.get("frozen states", 0.0)
+    taken = row["real"]["peak_memory_mb"] - memory["process"] - states
+    return float(taken / (row["estimated"]["alive_mb"] - states))
 
 
 def main(again: Sequence[str] = ()) -> None:

@@ -21,7 +21,7 @@ __all__ = ["Estimate", "estimate"]
 Say = Callable[[str], None]
 MIB = 2**20
 # What a process takes beyond what is alive while glibc chooses when to give memory back: the median of the cells
-# "default" in benchmarks/results/estimate.json.
+# "default" in benchmarks/results/estimate.json. Frozen states stay until the end, so nothing is kept beyond them.
 HEAP = 1.5
 
 
@@ -151,6 +151,7 @@ def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> 
         looked.peak + best,
         trained.kept + trained.states + best + (state if looked.times else 0),
     )
+    heap = HEAP if _heap_grows(device) else 1.0
     memory = {
         "process": process,
         "weights": weights,
@@ -166,7 +167,7 @@ def _counted(prepared: Prepared, settings: Settings, seed: int, device: Any) -> 
         seconds=trained.steps * trained.seconds + looked.times * looked.seconds,
         step_seconds=trained.seconds,
         step_gflops=trained.flops / 1e9,
-        peak_memory_mb=(process + peak * (HEAP if _heap_grows(device) else 1.0)) / MIB,
+        peak_memory_mb=(process + trained.states + heap * (peak - trained.states)) / MIB,
         alive_mb=peak / MIB,
         size_mb=state / MIB,
         memory={name: value / MIB for name, value in memory.items()},
@@ -199,7 +200,7 @@ def _assumptions(clock: Clock, settings: Settings, device: Any) -> list[str]:
         found.append(f"Not timed, since they do not run alone: {', '.join(sorted(clock.skipped))}.")
     if _heap_grows(device):
         found.append(
-            f"glibc's malloc keeps freed memory, so the peak holds {HEAP} times what is alive at once; "
+            f"glibc's malloc keeps freed memory, so the peak holds {HEAP} times what comes and goes; "
             "with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does not."
         )
     return found

@@ -176,7 +176,7 @@ def _execute(
     with Progress(progress, handle.recipe.name) as bar, PeakMemory(device) as memory:
         run.listen = _listener(record, bar, run)
         started = time.perf_counter()
-        with frozen_features(run, {}, limit_bytes=FEATURES):
+        with frozen_features(run, {}, limit_bytes=FEATURES, order=seed):
             handle.recipe.single("loop").run(run)  # type: ignore[union-attr]
         seconds = time.perf_counter() - started
         run.listen = lambda row: None

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from tunewise.core.adaptation import handles
 from tunewise.core.checkpoint import get_rng, set_rng
-from tunewise.core.forward import forward_of
 from tunewise.core.run import Run
 
 from .frozen import Frozen, find_frozen, row_keys, weight_marks
+from .groups import Groups
+from .served import Reached, Served
 
 __all__ = ["Features", "frozen_features"]
 
@@ -25,38 +26,24 @@ Store = MutableMapping[tuple[bytes, bytes], Tensor]
 Marks = Callable[[nn.Module, Frozen], tuple[bytes, ...]]
 
 
-class _Reached(Exception):
-    """The last frozen block has answered; the rest of the pass is not needed."""
-
-
-class _Served:
-    """Stands in for the forward of one frozen block."""
-
-    def __init__(self, owner: Features, index: int, base: Callable[..., Any]) -> None:
-        self.owner, self.index, self.base = owner, index, base
-        self.__signature__ = inspect.signature(base)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.owner.collected is not None:
-            return self.owner.collect(self.index, self.base(*args, **kwargs))
-        if self.owner.states is not None:
-            given = args[0] if args else kwargs["hidden_states"]
-            hidden = self.owner.states.get(self.index, given)
-            return (hidden, *[None] * (self.owner.tupled - 1)) if self.owner.tupled else hidden
-        return self.base(*args, **kwargs)
-
-
 class Features:
     """What a run gets from the store, and why not more.
 
     blocks    leading blocks whose states are served; 0: nothing is
     reason    one sentence that says why nothing (or no more) is served, None if all blocks are
-    served    rows taken from the store so far; computed: rows that went through the frozen blocks
+    served    rows asked for whose states came from the store; computed: rows that went through the frozen blocks
     used      bytes of kept states
     marks     names the frozen blocks' weights; those of tensors without values have no content to be named by
     """
 
-    def __init__(self, run: Run, store: Store, limit_bytes: int, marks: Marks = weight_marks) -> None:
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        limit_bytes: int,
+        order: int | None = None,
+        marks: Marks = weight_marks,
+    ) -> None:
         self.run, self.store, self.limit = run, store, limit_bytes
         self._name = marks
         self._marks: tuple[bytes, ...] = ()
@@ -70,8 +57,12 @@ class Features:
         # A cache without the skipped blocks' keys would be wrong for whoever goes on from it.
         self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         self.frozen = Frozen()
+        self.groups: Groups | None = None
         with _quiet(run.model):
             self._decide()
+        self.full = self.used >= limit_bytes
+        if order is not None:
+            self.groups = Groups(run, order, self.padded)
 
     @property
     def blocks(self) -> int:
@@ -96,8 +87,10 @@ class Features:
         mask = both.inputs.get("attention_mask")
         self.padded = mask is not None and not bool(mask.all())
         real = self._answer(both)
+        store, used, self.store = self.store, self.used, {}
         with self.installed():
             reason = self._differs(alone, both, real)
+        self.store, self.used = store, used
         self.served = self.computed = 0
         if reason is not None:
             self.frozen = Frozen(reason=reason)
@@ -141,7 +134,7 @@ class Features:
         if index in self.frozen.needed:
             self.collected[index] = result[0] if self.tupled else result
         if index == self.blocks - 1:
-            raise _Reached
+            raise Reached
         return result
 
     def _compute(self, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
@@ -152,7 +145,7 @@ class Features:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.run.model(**inputs, **self.options)
-        except _Reached:
+        except Reached:
             return self.collected
         finally:
             self.collected = None
@@ -174,19 +167,37 @@ class Features:
     def _states(self, inputs: dict[str, Tensor], keys: list[bytes]) -> dict[int, Tensor]:
         precision = _precision(self.run.device)
         marks = {index: self._marks[index] + precision for index in self.frozen.needed}
-        missing = [i for i, key in enumerate(keys) if any((m, key) not in self.store for m in marks.values())]
+        missing = self._missing(keys, marks)
+        if missing and self.groups is not None and not self.full:
+            for group in self.groups.of([keys[i] for i in missing]):
+                self._fill(group, marks)
+            missing = self._missing(keys, marks)
         mask = inputs.get("attention_mask")
         rows = {index: [self.store.get((mark, key)) for key in keys] for index, mark in marks.items()}
         if missing:
             at = torch.tensor(missing, device=self.run.device)
             fresh = self._compute({name: value[at] for name, value in inputs.items()})
             for index, states in fresh.items():
-                for place, i in enumerate(missing):
-                    rows[index][i] = states[place] if mask is None else states[place][mask[i].bool()]
+                for i, row in zip(missing, _rows(states, None if mask is None else mask[at]), strict=True):
+                    rows[index][i] = row
             self._keep({marks[n]: {keys[i]: rows[n][i] for i in missing} for n in marks})
         self.computed += len(missing)
         self.served += len(keys) - len(missing)
         return {index: _padded(values, mask, self.run.device) for index, values in rows.items()}
+
+    def _missing(self, keys: list[bytes], marks: dict[int, bytes]) -> list[int]:
+        return [i for i, key in enumerate(keys) if any((m, key) not in self.store for m in marks.values())]
+
+    def _fill(self, group: Any, marks: dict[int, bytes]) -> None:
+        """The states of a whole group are computed and kept."""
+        keys = row_keys(group.inputs, self.padded)
+        if keys is not None and not self.full:
+            mask = group.inputs.get("attention_mask")
+            fresh = self._compute(group.inputs)
+            self._keep(
+                {marks[n]: dict(zip(keys, _rows(states, mask), strict=True)) for n, states in fresh.items()}
+            )
+            self.computed += len(keys)
 
     def _keep(self, new: dict[bytes, dict[bytes, Any]]) -> None:
         """Rows go into the store, all their depths together, until it is full."""
@@ -196,6 +207,7 @@ class Features:
             }
             size = sum(value.nbytes for value in group.values())
             if self.used + size > self.limit:
+                self.full = True
                 return
             self.store.update({k: value.detach().to("cpu", copy=True) for k, value in group.items()})
             self.used += size
@@ -203,35 +215,32 @@ class Features:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The frozen blocks and the run ask here first, for the time of a `with` block."""
-        served = []
-        for index, block in enumerate(self.frozen.blocks):
-            inner = forward_of(block)
-            served.append(_Served(self, index, block.forward if inner is None else inner.base))
-            if inner is None:
-                block.__dict__["forward"] = served[-1]
-            else:
-                inner.base = served[-1]
+        served = [Served.install(self, i, block) for i, block in enumerate(self.frozen.blocks)]
         self.run.__dict__["outputs"] = self.outputs
         try:
             yield
         finally:
             del self.run.__dict__["outputs"]
             for block, one in zip(self.frozen.blocks, served, strict=True):
-                _remove(block, one)
+                one.remove(block)
 
 
 @contextmanager
-def frozen_features(run: Run, store: Store, *, limit_bytes: int) -> Iterator[Features]:
+def frozen_features(
+    run: Run, store: Store, *, limit_bytes: int, order: int | None = None
+) -> Iterator[Features]:
     """With h_k the states after the k blocks below a recipe's lowest change, `run` gets h_k(row) from `store`.
 
     The k blocks are the same in every step, epoch and trial, so they run once per row, in evaluation mode also
     while training; equal up to rounding to computing them anew (`limit_bytes=0` keeps nothing and does just
     that). `store` is a plain dict that outlives the trial; its entries name the weights, the depth, the
-    precision and the encoded row, so trials on several models may share it. Where equal results are not
-    certain nothing is served, and `reason` of the yielded `Features` says why. The model must not be changed
-    below the recipe's sites inside the `with` block; on leaving it, the model is what it was.
+    precision and the encoded row, so trials on several models may share it. With a seed as `order`, rows of the
+    run's streams are computed in the batches of that seed's first epoch, so that states are equal bit for bit
+    whoever asks first (up to the limit); without, in the batches in which they are asked for. Where equal
+    results are not certain nothing is served, and `reason` of the yielded `Features` says why. The model must
+    not be changed below the recipe's sites inside the `with` block; on leaving it, the model is what it was.
     """
-    features = Features(run, store, limit_bytes)
+    features = Features(run, store, limit_bytes, order)
     if not features.blocks:
         yield features
         return
@@ -252,6 +261,11 @@ def _precision(device: torch.device) -> bytes:
     return f"{kind} {torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ''}".encode()
 
 
+def _rows(states: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Each row's states without those of padding."""
+    return [row if mask is None else row[mask[i].bool()] for i, row in enumerate(states)]
+
+
 def _padded(rows: list[Any], mask: Tensor | None, device: torch.device) -> Tensor:
     if mask is None:
         return torch.stack([row.to(device) for row in rows])
@@ -268,18 +282,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
     bound = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
     a, b = a.double(), b.double()
     return bool((a - b).abs().mean() <= bound * a.abs().mean())
-
-
-def _remove(block: nn.Module, served: _Served) -> None:
-    """Somebody may have been installed above or taken away from above since."""
-    inner = forward_of(block)
-    if inner is not None and inner.base is served:
-        inner.base = served.base
-    elif block.__dict__.get("forward") is served:
-        if getattr(served.base, "__func__", None) is type(block).forward:
-            del block.__dict__["forward"]
-        else:
-            block.__dict__["forward"] = served.base
 
 
 @contextmanager

@@ -123,6 +123,7 @@ def compare(
             read,
             model=str(model) if held.model is None else None,
             settings=settings,
+            seed=seed,
             device=str(machine.device),
             general=_general(general, store.folder),
             cache_bytes=min(CACHE, machine.limit // 4) if machine.limit else CACHE,

@@ -22,7 +22,7 @@ def study(tmp_path: Path) -> str:
     tiny_study.folder(tmp_path / "model")
     data = prepare_data(tiny_study.rows(), say=lambda note: None)
     facts: dict[str, Any] = {"settings": {"batch_size": 32}, "device": "cpu", "general": None}
-    write_brief(tmp_path, data, model=str(tmp_path / "model"), cache_bytes=2**24, **facts)
+    write_brief(tmp_path, data, model=str(tmp_path / "model"), cache_bytes=2**24, seed=0, **facts)
     return str(tmp_path)
 
 

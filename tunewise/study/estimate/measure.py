@@ -142,7 +142,9 @@ def _execute(
     run = Run(whole.handle, data=data, task=whole.task, seed=whole.seed, settings=settings)
     run.tokenizer, run.listen = whole.tokenizer, listen
     loop: Any = run.recipe.single("loop")
-    aside: Any = nullcontext() if limit_bytes is None else frozen_features(run, {}, limit_bytes=limit_bytes)
+    aside: Any = nullcontext()
+    if limit_bytes is not None:
+        aside = frozen_features(run, {}, limit_bytes=limit_bytes, order=whole.seed)
     with aside as features:
         start = now()
         loop.run(run)

@@ -74,7 +74,7 @@ def train(
         curve = run.listen = Curve(run, steps)
         with (
             PeakMemory(run.device) as memory,
-            shared_features(study, run) as frozen,
+            shared_features(study, run, read_brief(study)[0]["seed"]) as frozen,
         ):
             start = time.perf_counter()
             run.recipe.single("loop").run(run)  # type: ignore[union-attr]
@@ -102,11 +102,12 @@ def train(
     return {"metrics": metrics, "curve": curve.thinned()}
 
 
-def shared_features(study: str, run: Any) -> Any:
+def shared_features(study: str, run: Any, order: int | None = None) -> Any:
     """A `with` block in which the run takes frozen states of rows that this worker has computed before."""
     from tunewise.loop.features import frozen_features
 
-    return frozen_features(run, features, limit_bytes=read_brief(study)[0]["cache_bytes"])
+    limit = read_brief(study)[0]["cache_bytes"]
+    return frozen_features(run, features, limit_bytes=limit, order=order)
 
 
 def _taken_over(run: Any, frozen: Any) -> int:
@@ -173,7 +174,8 @@ def finished(study: str, method: str, seed: int, directory: str) -> Iterator[tup
     handle = restore(prepared.model, Path(study) / directory / "adaptation")
     try:
         prepared.recipe = handle.recipe
-        run = Run(handle, task=prepared.data.task, seed=seed, settings=settings_of(study))
+        data = {name: prepared.examples[name] for name in ("train", "valid")}
+        run = Run(handle, data=data, task=prepared.data.task, seed=seed, settings=settings_of(study))
         run.tokenizer = prepared.tokenizer
         yield run, prepared, base
     finally:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 WORKERS ?= auto
 
-.PHONY: venv demo test slow lint format clean
+.PHONY: venv demo test slow lint format capabilities atlas clean
 
 venv: $(STAMP)
 
@@ -35,6 +35,14 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What the conformance suite finds each method to be able to do; minutes, for compiling takes part.
+capabilities: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 -m "slow or not slow" tests/conformance \
+		--capabilities benchmarks/results/capabilities.json
+
+atlas: $(STAMP)
+	$(BIN)/python docs/make_atlas.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

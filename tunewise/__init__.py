@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from tunewise.core.method import method
     from tunewise.core.part import Part
     from tunewise.core.recipe import Recipe
+    from tunewise.inference.mixed import rows
+    from tunewise.init.calibrate import calibrate
+    from tunewise.post.mix import mix
     from tunewise.study.compare import compare
     from tunewise.study.study import Study
     from tunewise.tune import evaluate, predict, tune
@@ -37,14 +40,17 @@ __all__ = [
     "UserError",
     "__version__",
     "attach",
+    "calibrate",
     "compare",
     "evaluate",
     "handles",
     "load",
     "method",
     "methods",
+    "mix",
     "predict",
     "restore",
+    "rows",
     "tune",
 ]
 
@@ -60,13 +66,16 @@ _HOME = {
     "Study": "study.study",
     "UserError": "core.errors",
     "attach": "core.handle",
+    "calibrate": "init.calibrate",
     "compare": "study.compare",
     "evaluate": "tune",
     "handles": "core.adaptation",
     "load": "backbone",
     "method": "core.method",
+    "mix": "post.mix",
     "predict": "tune",
     "restore": "core.handle",
+    "rows": "inference.mixed",
     "tune": "tune",
 }
 

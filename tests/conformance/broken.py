@@ -13,6 +13,7 @@ from tunewise.core.delta import Delta, P
 from tunewise.core.forward import is_quantized
 from tunewise.core.part import Part
 from tunewise.core.run import Run
+from tunewise.delta.lora import LoRA
 from tunewise.loop.single import Single
 from tunewise.objective.task_loss import TaskLoss
 from tunewise.sites import Site
@@ -172,6 +173,25 @@ class Blind(Sound):
         return W if is_quantized(t.root) else W + t.B @ t.A
 
 
+class Exaggerating(LoRA):
+    """Tells other libraries another change than it computes."""
+
+    rank: int = 2
+
+    def components(self, t: Any) -> tuple[Tensor, Tensor]:
+        b, a = super().components(t)
+        return 2 * b, a
+
+
+class Mute(LoRA):
+    """Plain LoRA by its type, so that its factors are written, and does nothing."""
+
+    def __new__(cls) -> Any:
+        made = LoRA(rank=2)
+        made.__dict__["product"] = lambda t, x, W, b: F.linear(x, W, b)
+        return made
+
+
 class Closed(Sound):
     """Keeps a function that cannot be pickled."""
 
@@ -260,6 +280,8 @@ BROKEN: dict[str, list[type[Part]]] = {
     "check_compiles": [Interpreted],
     "check_merge": [WrongTwin, Bent],
     "check_materialize": [WrongTwin, Bent],
+    "check_export_lora": [Exaggerating],
+    "check_peft": [Mute],
     "check_save_restore": [Forgetful],
     "check_two_adaptations": [Global],
     "check_deepcopy": [Global],

@@ -25,9 +25,11 @@ from tunewise.core.recipe import Recipe
 from . import third_party  # noqa: F401 - its method joins the catalog, as a user's own does
 
 __all__ = ["BASES", "Case", "close", "each", "fresh", "gap", "outputs", "perturb"]
-__all__ += ["real_tokens", "refused", "same"]
+__all__ += ["close_as_rounded", "real_tokens", "refused", "remarks", "same"]
 
 BASES = ("roberta", "llama")
+remarks: dict[str, str] = {}
+"""What the running check found out beside passing, as `conftest.py` writes it down: "refused", "inexact"."""
 PADS = {"roberta": 1, "llama": 0}
 AUTO = {
     "base": "AutoModel",
@@ -197,6 +199,17 @@ def close(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
     assert far <= tolerance, f"{what}: relative difference {far:.1e}, allowed {tolerance:.0e}"
 
 
+def close_as_rounded(
+    found: Tensor, wanted: Tensor, model: nn.Module, batch: dict[str, Tensor], what: str
+) -> None:
+    """`close` to 1e-5, or to four times as far as the plain `model` itself is from its answer in float64."""
+    far = gap(found, wanted)
+    if far > 1e-5:
+        exact = outputs(copy.deepcopy(model).double(), batch)
+        far_itself = gap(outputs(model, batch).double(), exact)
+        close(found, wanted, 4 * far_itself, f"{what} (rounding alone moves it by {far_itself:.1e})")
+
+
 def same(found: Tensor, wanted: Tensor, what: str) -> None:
     """Fails when two tensors are not bit-equal."""
     assert torch.equal(found, wanted), f"{what}: not bit-equal, relative difference {gap(found, wanted):.1e}"
@@ -210,12 +223,17 @@ def real_tokens(values: Tensor, batch: dict[str, Tensor], row: int) -> Tensor:
 
 
 @contextmanager
-def refused(what: str, words: Iterable[str] = ()) -> Any:
-    """The block must raise `UserError`, one sentence that holds all of `words`."""
+def refused(what: str, words: Iterable[str] = (), whole: bool = True) -> Any:
+    """The block must raise `UserError`, one sentence that holds all of `words`.
+
+    whole   the check has no more to try: what it is about cannot be done with this method
+    """
     try:
         yield
     except UserError as error:
         for word in words:
             assert word in str(error), f"{what}: the refusal does not say {word!r}: {error}"
+        if whole:
+            remarks["refused"] = str(error)
         return
     raise AssertionError(f"{what}: was not refused")

@@ -13,13 +13,13 @@ from torch import nn
 from tunewise.core.part import Part
 from tunewise.core.recipe import Recipe
 
-from . import forward_checks, keeping_checks, training_checks
+from . import forward_checks, interchange_checks, keeping_checks, training_checks
 from .broken import BROKEN, Dead, Sound
 from .support import Case
 
 CHECKS: dict[str, Callable[..., None]] = {
     name: check
-    for module in (forward_checks, keeping_checks, training_checks)
+    for module in (forward_checks, keeping_checks, interchange_checks, training_checks)
     for name, check in vars(module).items()
     if name.startswith("check_")
 }

@@ -65,6 +65,9 @@ def in_steps(case: Case) -> bool:
 def whole(recipe: Recipe, eps: float = 1e-8) -> Recipe:
     """The recipe with what a run needs: a classification head, a loss, an optimizer, a loop."""
     recipe = recipe if recipe["head"] else recipe + ClassHead()
+    for part in recipe.default.get("optimizer", []):
+        if isinstance(part, AdamW):
+            part.eps = eps
     return recipe.with_defaults(objective=TaskLoss(), optimizer=AdamW(eps=eps), loop=Single())
 
 

@@ -85,8 +85,9 @@ def test_a_merged_folder_loads_without_tunewise(tmp_path: Path) -> None:
     assert found["labels"] == {"0": "bad", "1": "good"}
 
 
-def test_a_tied_output_layer_is_untied_in_the_folder_and_tied_again_in_memory(tmp_path: Path) -> None:
-    model, handle = _adapted("gpt2", 'lora(rank=2, sites="linear | head")')
+@pytest.mark.parametrize("sites", ["linear | head", "linear | embedding"])
+def test_a_tied_layer_is_untied_in_the_folder_and_tied_again_in_memory(tmp_path: Path, sites: str) -> None:
+    model, handle = _adapted("gpt2", f'lora(rank=2, sites="{sites}")')
     expected = _logits(model, "gpt2")
     merge_to(handle, tmp_path / "out")
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -166,12 +167,25 @@ def test_a_start_that_changed_the_base_is_part_of_the_lora(tmp_path: Path) -> No
     model, handle = _adapted("llama", 'lora(rank=2, sites="query")')
     site = handle.sites[0][1]
     handle.commit(site, torch.randn(32, 2) @ torch.randn(2, 32) * 0.1)
-    facts = export(handle, "lora", tmp_path / "out", rank=4)
-    assert facts["relative_error"] < 1e-5
+    facts = export(handle, "lora", tmp_path / "out")
+    assert facts["relative_error"] == 0.0 and facts["ranks"][site.name] == 4
+    change = (site.weight - handle.committed[f"{site.name}.weight"][1]).detach() + handle.materialize()[
+        site.name
+    ]
+    factor = _peft("llama", tmp_path / "out").get_submodule(f"base_model.model.{site.name}")
+    found = factor.scaling["default"] * factor.lora_B["default"].weight @ factor.lora_A["default"].weight
+    assert float((found - change).norm() / change.norm()) < 1e-6
     found = _logits(_peft("llama", tmp_path / "out"), "llama")
     torch.testing.assert_close(found, _logits(model, "llama"), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="its start changed .* export to lora instead"):
         export(handle, "peft", tmp_path / "peft")
+
+
+def test_a_committed_change_of_full_rank_is_truncated_and_says_so(tmp_path: Path) -> None:
+    _, handle = _adapted("llama", 'lora(rank=2, sites="query")')
+    handle.commit(handle.sites[0][1], torch.randn(32, 32) * 0.1)
+    facts = export(handle, "lora", tmp_path / "out")
+    assert facts["relative_error"] > 0.01 and facts["rank"] == 16
 
 
 def test_peft_and_a_tokenizer_are_written_beside_the_facts(tmp_path: Path) -> None:

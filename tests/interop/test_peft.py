@@ -212,7 +212,12 @@ def test_prompt_tuning_both_ways(name: str, tmp_path: Path) -> None:
         ("phi3", 'lora(sites="query")', "rows query of the fused"),
         ("mixtral", 'lora(sites="experts")', "LoRA on experts"),
         ("bert", "series_adapter", "SeriesAdapter cannot be written as a PEFT checkpoint; keep"),
-        ("bert", "lora + bias_scale", "Scale cannot be written as a PEFT checkpoint; export to lora or hf"),
+        (
+            "bert",
+            "lora + bias_scale",
+            "Scale cannot be written as a PEFT checkpoint beside LoRA; export to lora",
+        ),
+        ("bert", "bias_scale", "keeps no biases beside IA3"),
         ("bert", "head_only", "needs LoRA at one module"),
         ("bert", Recipe(delta=LoRA(rank=2), head=PooledHead(outputs=2)), "new layer of PooledHead"),
         ("bert", Recipe(delta=[LoRA(rank=2), LoRA(rank=3)]), "one LoRA per module"),
@@ -233,14 +238,16 @@ def test_what_peft_cannot_hold_is_refused(name: str, method: Any, words: str, tm
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"use_dora": True}, "uses use_dora=True"),
+        ({"use_dora": True}, "lacks lora_magnitude_vector of"),
         ({"lora_bias": True}, "uses lora_bias=True"),
         ({"megatron_config": {"a": 1}}, "uses megatron_config"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
         ({"invented_option": 3}, "uses invented_option=3"),
-        ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"peft_type": "BOFT"}, "peft_type='BOFT'"),
+        ({"peft_type": "PREFIX_TUNING"}, "prefixes shift the positions"),
+        ({"peft_type": "LOHA"}, "uses init_lora_weights=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"r": 5}, "rank 5 need"),
+        ({"r": 5}, r"need \(5, 32\)"),
         ({"alpha_pattern": {"(": 1}}, "no regular expression"),
     ],
 )
@@ -266,8 +273,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tensors = load_file(weights)
     name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight"
     for change, words in (
-        ({name: torch.zeros(3, 4)}, "has the shapes"),
-        ({name.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(3)}, "variant of LoRA"),
+        ({name: torch.zeros(3, 4)}, "has the shape"),
+        ({name.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(32)}, "do not need"),
+        ({name.replace("lora_B.weight", "lora_ga_A"): torch.zeros(3)}, "variant of LoRA"),
         ({"base_model.model.bert.encoders.weight": torch.zeros(3)}, "which this model lacks"),
         ({"base_model.model.classifier.weight": torch.zeros(3, 1)}, "has the shape"),
         (

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunewise.sites import Site, find_sites
+from tunewise.sites import Site, find_sites, hide_from_saving, is_quantized, refuse_wrapped
 
-from .build import PREFIX, Existing, Info, build_part, refuse_wrapped, root_site
+from .build import PREFIX, Existing, Info, build_part, root_site
 from .delta import Delta, SiteDelta, keeps_in_out
 from .errors import UserError
-from .forward import is_quantized
 from .plans import rebuild
 from .recipe import Recipe
 
@@ -50,7 +49,7 @@ class Adaptation:
         if not name.isidentifier():
             raise UserError(f'"{name}" cannot name an adaptation: letters, digits and _ only.')
         self.model, self.recipe, self.name, self.dtype = model, recipe, name, dtype
-        self.plain, self.undo, self.active = plain, undo, False
+        self.plain, self.undo, self.active, self.share = plain, undo, False, 1.0
         self.sites: list[tuple[str, Site, SiteDelta]] = []
         self.existing: dict[str, Existing] = {}
         self.owned: dict[str, SiteDelta] = {}
@@ -75,25 +74,28 @@ class Adaptation:
         """Creates the tensors at their sites, freezes the backbone, switches this adaptation on; `start` runs
         `attached`.
         """
+        self._refuse_rows()
         everything = find_sites(self.model)
         refuse_wrapped(self.model, everything)
         siblings = [h for h in handles(self.model).values() if h.active]
         self._training = {n: p.requires_grad for n, p in self.model.named_parameters() if PREFIX not in n}
         for other in siblings:
             other.deactivate()
+        handles(self.model)[self.name] = self
         try:
             for key, part in self.deltas:
                 build_part(self, key, part, everything)
+            self._freeze()
+            self.activate()
+            hide_from_saving(self.model)
+            for _, part in self.deltas if start else ():
+                part.attached(self)
         except BaseException:
-            self._take_away()
+            self.undo = True  # nothing has been trained yet
+            Adaptation.detach(self)
             for other in siblings:
                 other.activate(only=False)
             raise
-        handles(self.model)[self.name] = self
-        self._freeze()
-        self.activate()
-        for _, part in self.deltas if start else ():
-            part.attached(self)
         self.built = True
 
     def _freeze(self) -> None:
@@ -103,24 +105,42 @@ class Adaptation:
         for e in self.existing.values():
             e.ours.requires_grad_(True)
 
-    def activate(self, *, only: bool = True) -> None:
-        """Switches this adaptation on; with `only`, the others off."""
+    def activate(self, *, only: bool = True, share: float | None = None) -> None:
+        """Switches this adaptation on; with `only`, the others off and every share of a mix back to 1.
+
+        `share` weighs the change that this adaptation makes (see `tw.mix`); None leaves it as it is.
+        """
         if self.merged is not None:
             raise UserError(f'The adaptation "{self.name}" is merged into the model; unmerge it first.')
-        for other in handles(self.model).values():
-            if other is not self and other.active and only:
-                other.deactivate()
-        if not self.active:
-            self._swap(on=True)
-        self.active = True
+        self._refuse_rows()
+        for other in handles(self.model).values() if only else ():
+            other.weigh(1.0)
+            if other is not self:
+                other._switch(on=False)
+        self.weigh(self.share if share is None else share)
+        self._switch(on=True)
         rebuild(self.model)
 
     def deactivate(self) -> None:
         """Switches this adaptation off: the model computes what it did before."""
-        if self.active:
-            self._swap(on=False)
-        self.active = False
+        self._refuse_rows()
+        self._switch(on=False)
         rebuild(self.model)
+
+    def _refuse_rows(self) -> None:
+        if "tw_rows" in self.model.__dict__:
+            raise UserError("Inside tw.rows nothing is attached, switched or detached: leave it first.")
+
+    def weigh(self, share: float) -> None:
+        """The weight of this adaptation's change in a mix, while it is active."""
+        for _, _, t in self.sites if share != self.share else ():
+            t.share = share
+        self.share = share
+
+    def _switch(self, on: bool) -> None:
+        if on is not self.active:
+            self._swap(on)
+        self.active = on
 
     def _swap(self, on: bool) -> None:
         for name, e in self.existing.items():
@@ -149,46 +169,40 @@ class Adaptation:
             if was:
                 self.activate(only=False)
 
+    def _owners(self) -> Iterator[tuple[str, str, str, SiteDelta]]:
+        """(how its saved tensors begin, key, site's name, tensors) of everything that owns some."""
+        for key, owner in self.owned.items():
+            yield f"shared.{key}", key, "", owner
+        for key, site, t in self.sites:
+            yield f"{site.name}.{key}" if site.name else key, key, site.name, t
+
     def tensors(self) -> dict[str, Info]:
         """Every trainable tensor by its saved name, in a fixed order; `info.tensor` is the live parameter."""
         found: dict[str, Info] = {}
-        for key, owner in self.owned.items():
-            self._add(found, f"shared.{key}", key, "", owner)
-        for key, site, t in self.sites:
-            self._add(found, f"{site.name}.{key}" if site.name else key, key, site.name, t)
+        for prefix, key, site, t in self._owners():
+            for name, (tag, axis, trainable, _) in t.meta.items():
+                if trainable:
+                    found[f"{prefix}.{name}"] = Info(getattr(t, name), tag, axis, key, site, t.part)
         for name, e in self.existing.items():
             found[name] = Info(e.ours, e.tag, None, e.owner, name.rpartition(".")[0], e.part)
         return found
 
-    @staticmethod
-    def _add(found: dict[str, Info], prefix: str, key: str, site: str, t: SiteDelta) -> None:
-        for name, (tag, axis, trainable, _) in t.meta.items():
-            if trainable:
-                found[f"{prefix}.{name}"] = Info(getattr(t, name), tag, axis, key, site, t.part)
-
     def buffers(self) -> dict[str, Tensor]:
         """Saved tensors that are not trained (indices, frozen projections)."""
-        found: dict[str, Tensor] = {}
-        pairs = [(f"shared.{k}", t) for k, t in self.owned.items()]
-        pairs += [(f"{s.name}.{k}" if s.name else k, t) for k, s, t in self.sites]
-        for prefix, t in pairs:
-            found |= {
-                f"{prefix}.{n}": getattr(t, n)
-                for n, (_, _, train, saved) in t.meta.items()
-                if saved and not train
-            }
-        return found
+        return {
+            f"{prefix}.{name}": getattr(t, name)
+            for prefix, _, _, t in self._owners()
+            for name, (_, _, trainable, saved) in t.meta.items()
+            if saved and not trainable
+        }
 
     def locate(self, name: str) -> tuple[SiteDelta, str] | Existing:
         """Where a tensor of `tensors()` lives, so that it can be put anew."""
         if name in self.existing:
             return self.existing[name]
         prefix, _, last = name.rpartition(".")
-        for key, owner in self.owned.items():
-            if prefix == f"shared.{key}":
-                return owner, last
-        for key, site, t in self.sites:
-            if prefix == (f"{site.name}.{key}" if site.name else key):
+        for begins, _, _, t in self._owners():
+            if begins == prefix:
                 return t, last
         raise UserError(f'The adaptation "{self.name}" has no tensor {name}.')
 
@@ -242,6 +256,7 @@ class Adaptation:
         self._take_away()
         del handles(self.model)[self.name]
         rebuild(self.model)
+        hide_from_saving(self.model)
         for name, p in self.model.named_parameters():
             if name in self._training and not handles(self.model):
                 p.requires_grad_(self._training[name])

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tunewise.sites import Site, select, with_widths
+from tunewise.sites import Site, dequantized, device_of, is_quantized, select, with_widths
 
-from .delta import Delta, SiteDelta, TapBuffer, device_of, forms
+from .delta import Delta, SiteDelta, TapBuffer, forms
 from .errors import UserError
-from .forward import is_quantized
 
 if TYPE_CHECKING:
     from .adaptation import Adaptation
 
-__all__ = ["PREFIX", "Existing", "Info", "build_part", "refuse_wrapped", "root_site"]
+__all__ = ["PREFIX", "Existing", "Info", "build_part", "root_site"]
 
 PREFIX = "tw_"
 TAPPED = ("block", "embedding", "norm", "linear")
@@ -52,25 +50,12 @@ def root_site(model: nn.Module) -> Site:
     return Site(name="", kind="model", role="model", module=model)
 
 
-def refuse_wrapped(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raises `UserError` for a model that was wrapped or sharded before."""
-    wrapper = type(model).__name__
-    if wrapper in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
-        raise UserError(f"The model is wrapped in {wrapper}: attach to the plain model first, then wrap it.")
-    for site in sites:
-        for name, p in site.module.named_parameters(recurse=False):
-            if type(p.data).__name__ == "DTensor" or type(p).__name__ == "DTensor":
-                raise UserError(f"{site.name}.{name} is already sharded: attach first, then shard.")
-
-
 def build_part(adaptation: Adaptation, key: str, part: Delta, everything: list[Site]) -> None:
     """The tensors of one delta at every site that it selects, and the base parameters that it trains."""
     if "model" in part.kinds:
         chosen = [root_site(adaptation.model)]
     else:
         chosen = with_widths(select(everything, getattr(part, "sites", "all"), kinds=part.kinds), everything)
-    if set(forms(part)) & {"weight", "product", "output", "input"}:
-        _check_quantized(part, chosen)
     shared = part.shared(chosen)
     owner = SiteDelta(part, root_site(adaptation.model), shared, adaptation.dtype) if shared else None
     if owner is not None:
@@ -84,7 +69,8 @@ def build_part(adaptation: Adaptation, key: str, part: Delta, everything: list[S
             f"{type(part).__name__} writes one site; sites={getattr(part, 'sites', 'all')!r} selects {len(chosen)}."
         )
     for site in chosen if set(forms(part)) - {"existing"} or part.slot == "head" else ():
-        tensors = part.side_tensors(site, taps) if taps else part.tensors(site)
+        with dequantized(site.module):  # a start may read the weight
+            tensors = part.side_tensors(site, taps) if taps else part.tensors(site)
         t = SiteDelta(part, site, tensors, adaptation.dtype)
         t._shared = () if owner is None else (owner,)
         t.buffer = TapBuffer([s.name for s in taps]) if taps else None
@@ -95,15 +81,6 @@ def build_part(adaptation: Adaptation, key: str, part: Delta, everything: list[S
         place.add_module(f"{PREFIX}{adaptation.name}_{key}{suffix}", t)
         adaptation.sites.append((key, site, t))
     _claim(adaptation, key, part)
-
-
-def _check_quantized(part: Delta, chosen: list[Site]) -> None:
-    bad = next((s for s in chosen if s.kind == "linear" and is_quantized(s.module)), None)
-    if bad is not None and "quantized" not in part.gives:
-        raise UserError(
-            f"{type(part).__name__} cannot be used on the quantized layer {bad.name}; "
-            "load the base model unquantized, or use lora."
-        )
 
 
 def _claim(adaptation: Adaptation, key: str, part: Delta) -> None:

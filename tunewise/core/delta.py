@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tunewise.sites import Site
+from tunewise.sites import Site, device_of
 
 from .errors import UserError
 from .part import Part
@@ -46,13 +47,15 @@ class Delta(Part):
       ("model",)`.
     - `existing(model)`: names of the backbone's own parameters that are trained.
 
-    `identity` says that the start changes nothing; `order` where a `weight` stands among several (mask,
+    `alone` says that `output` reads the base's own weight: it is the twin only where no other `weight` comes
+    before. `identity` says that the start changes nothing; `order` where a `weight` stands among several (mask,
     multiply, add, prune, quantize); `unit` what the axis of a tensor counts.
     """
 
     slot: ClassVar[str] = "delta"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     linear: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     identity: ClassVar[bool] = True
     order: ClassVar[str] = "add"
     unit: ClassVar[str] = "rank"
@@ -126,18 +129,13 @@ def keeps_in_out(site: Site) -> bool:
 
 def forms(delta: Part) -> tuple[str, ...]:
     """Which equations the delta's class gives."""
-    return tuple(f for f in FORMS if getattr(type(delta), f, None) is not getattr(Delta, f))
+    kind: Any = type(delta)
+    return _forms(kind)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where the module computes: with accelerate's offload that is not where its (meta) parameters say."""
-    found = next((p.device for p in module.parameters()), torch.device("cpu"))
-    for inner in module.modules() if found.type == "meta" else ():
-        hook: Any = getattr(inner, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
-    return found
+@cache
+def _forms(kind: Any) -> tuple[str, ...]:
+    return tuple(f for f in FORMS if getattr(kind, f, None) is not getattr(Delta, f))
 
 
 class TapBuffer:
@@ -183,7 +181,7 @@ class SiteDelta(nn.Module):
     def __init__(self, part: Delta, site: Site, tensors: dict[str, P], dtype: torch.dtype) -> None:
         super().__init__()
         self.part, self.parameter, self.transposed = part, site.parameter or "weight", keeps_in_out(site)
-        self.site_name, self.kind, self.calls = site.name, site.kind, 0
+        self.site_name, self.kind, self.calls, self.share = site.name, site.kind, 0, 1.0
         self.dtype, self._shared, self.buffer, self.taps = dtype, (), None, []
         self._root = (site.module,)  # in a tuple: a module attribute would be registered as a child
         self.meta = {name: (p.tag, p.axis, p.trainable, p.saved) for name, p in tensors.items()}
@@ -213,6 +211,10 @@ class SiteDelta(nn.Module):
     def shared(self) -> Any:
         """Tensors that the delta owns once for all its sites."""
         return self._shared[0]
+
+    def share_of(self, new: Tensor, old: Tensor) -> Tensor:
+        """old + share (new - old): the delta's weight in a mix; 1 outside of one."""
+        return new if self.share == 1.0 else old.lerp(new.to(old.dtype), self.share)
 
     def cast(self, dtype: torch.dtype) -> Any:
         """Self, or a view of the tensors in `dtype`."""

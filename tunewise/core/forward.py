@@ -5,8 +5,7 @@ reclassed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunewise.sites import beside, is_quantized, read_weight, swapped
+
 from .delta import SiteDelta, TapBuffer
 
 __all__ = [
     "Forward",
     "Plan",
     "changed_weight",
+    "first_tensor",
     "forward_of",
     "install",
     "is_quantized",
     "read_weight",
-    "swapped",
     "uninstall",
 ]
 
 
 @dataclass
 class Plan:
-    """Which equations run at one module, in order; rebuilt whenever the active adaptations change."""
+    """Which equations run at one module, in order; rebuilt whenever the active adaptations change.
+
+    `rows` runs in their place where the rows of a batch go through adaptations of their own: `rows(forward,
+    args, kwargs)` gives the module's result, `rows.mine()` the deltas that it uses.
+    """
 
     around: tuple[SiteDelta, ...] = ()
     inputs: tuple[SiteDelta, ...] = ()
@@ -40,51 +45,20 @@ class Plan:
     outputs: tuple[SiteDelta, ...] = ()
     reads: tuple[SiteDelta, ...] = ()
     taps: tuple[tuple[TapBuffer, str, bool], ...] = ()
+    rows: Any = None
 
     def mine(self) -> tuple[SiteDelta, ...]:
         """Every delta that has an equation here."""
         product = () if self.product is None else (self.product,)
-        return (*self.around, *self.inputs, *self.weights, *product, *self.outputs, *self.reads)
+        rows = () if self.rows is None else self.rows.mine()
+        return (*self.around, *self.inputs, *self.weights, *product, *self.outputs, *self.reads, *rows)
 
     def deltas(self) -> list[SiteDelta]:
         """Everything whose tensors are read here."""
         return [*self.mine(), *(owner for t in self.mine() for owner in t._shared)]
 
     def __bool__(self) -> bool:
-        return any(
-            (self.around, self.inputs, self.weights, self.product, self.outputs, self.reads, self.taps)
-        )
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether the module's weight is kept as integer codes (bitsandbytes, torchao)."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return False
-    if type(weight) in (nn.Parameter, Tensor):  # answered first: compilers break their graph at what follows
-        return not weight.is_floating_point()
-    return (
-        not weight.is_floating_point()
-        or hasattr(weight, "quant_state")
-        or hasattr(weight, "dequantize_tensor")
-        or (type(weight).__module__.startswith("torchao"))
-    )
-
-
-def read_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """The weight as real numbers, never as integer codes."""
-    weight: Any = getattr(module, parameter)
-    if not is_quantized(module):
-        return weight  # type: ignore[no-any-return]
-    if type(weight).__module__.startswith("torchao"):
-        return weight.dequantize()  # type: ignore[no-any-return]
-    from bitsandbytes import functional  # type: ignore[import-not-found,unused-ignore]
-
-    if getattr(weight, "quant_state", None) is not None:
-        return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return,unused-ignore]
-    holder: Any = weight if getattr(weight, "SCB", None) is not None else module.state
-    codes, scale = holder.CB, holder.SCB
-    return functional.int8_vectorwise_dequant(codes, scale)  # type: ignore[no-any-return]
+        return bool(self.rows or self.taps or self.mine())
 
 
 def changed_weight(t: SiteDelta, weight: Tensor) -> Tensor:
@@ -97,15 +71,15 @@ def changed_weight(t: SiteDelta, weight: Tensor) -> Tensor:
     return new.transpose(-1, -2) if t.transposed else new
 
 
-@contextmanager
-def swapped(module: nn.Module, new: dict[str, Tensor]) -> Iterator[None]:
-    """The module with other tensors in the place of its parameters."""
-    saved = {name: module._parameters[name] for name in new}
-    module._parameters.update(new)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        module._parameters.update(saved)
+Put = Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Put]:
+    """What a module is called with, and how to call it with another tensor in that place."""
+    if args:
+        return args[0], lambda x: ((x, *args[1:]), kwargs)
+    key = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+    return kwargs[key], lambda x: (args, {**kwargs, key: x})
 
 
 def _count(t: SiteDelta) -> None:
@@ -129,7 +103,7 @@ class Forward:
         """Sets the plan; an earlier equal one comes back as the same object, which is what compiled code is
         bound to.
         """
-        self.plans = [p for p in self.plans if alive.issuperset(p.mine())]
+        self.plans = [p for p in self.plans if p.rows is None and alive.issuperset(p.mine())]
         if plan not in self.plans:
             self.plans.append(plan)
         self.plan = next(p for p in self.plans if p == plan)
@@ -164,55 +138,68 @@ class Forward:
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.plan
+        if plan.rows is not None:
+            return plan.rows(self, args, kwargs)
         if not (plan.inputs or plan.weights or plan.product or plan.outputs or plan.reads or plan.taps):
             return self.base(*args, **kwargs)
-        key = None if args else next(k for k, v in kwargs.items() if isinstance(v, Tensor))
-        x: Tensor = args[0] if key is None else kwargs[key]
-        for t in plan.inputs:
-            _count(t)
-            x = t.part.input(t.cast(x.dtype), x)
-        args, kwargs = ((x, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: x})
-        for buffer, name, before in plan.taps:
-            if before:
-                buffer.values[name] = x
-        result = self._product(x, args, kwargs)
+        return self.run(plan, args, kwargs)
+
+    def run(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's result with these equations."""
+        x, put = first_tensor(args, kwargs)
+        x = self.before(plan, x)
+        result = self._product(plan, x, *put(x))
         y: Tensor = result[0] if isinstance(result, tuple) else result
-        new = self._after(x, y)
+        new = self.after(plan, x, y)
         if new is y:
             return result
         return (new, *result[1:]) if isinstance(result, tuple) else new
 
-    def _product(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module, plan, bias = self.module, self.plan, self.module._parameters.get("bias")
+    def before(self, plan: Plan, x: Tensor) -> Tensor:
+        """What the module gets."""
+        for t in plan.inputs:
+            _count(t)
+            x = t.share_of(t.part.input(t.cast(x.dtype), x), x)
+        for buffer, name, before in plan.taps:
+            if before:
+                buffer.values[name] = x
+        return x
+
+    def _product(self, plan: Plan, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module, bias = self.module, self.module._parameters.get("bias")
         if plan.product is not None:
             _count(plan.product)
             return plan.product.part.product(plan.product, x, read_weight(module), bias)
         if not plan.weights:
             return self.base(*args, **kwargs)
-        new: dict[str, Tensor] = {}
+        start = read_weight(module).to(plan.weights[0].dtype) if is_quantized(module) else None
+        new: dict[str, Tensor] = {} if start is None else {"weight": start}
         for t in plan.weights:
             _count(t)
             before = new[t.parameter] if t.parameter in new else read_weight(module, t.parameter)
-            new[t.parameter] = changed_weight(t, before)
-        if "weight" in new and (type(module) is nn.Linear or is_quantized(module)):
-            return F.linear(x, new["weight"].to(x.dtype) if is_quantized(module) else new["weight"], bias)
+            new[t.parameter] = t.share_of(changed_weight(t, before), before)
+        if start is not None:
+            return beside(module, x, self.base(*args, **kwargs), new["weight"] - start)
+        if type(module) is nn.Linear:
+            return F.linear(x, new["weight"], bias)
         with swapped(module, new):
             return self.base(*args, **kwargs)
 
-    def _after(self, x: Tensor, y: Tensor) -> Tensor:
-        for t in self.plan.outputs:
+    def after(self, plan: Plan, x: Tensor, y: Tensor) -> Tensor:
+        """What the module gives."""
+        for t in plan.outputs:
             _count(t)
             there = x if t.buffer is None else t.buffer.take()[0]
             mine = y if t.rows is None else y.index_select(-1, t.rows)
-            mine = t.part.output(t.cast(y.dtype), there, mine)
+            mine = t.share_of(t.part.output(t.cast(y.dtype), there, mine), mine)
             y = mine if t.rows is None else y.index_copy(y.dim() - 1, t.rows, mine)
-        for buffer, name, before in self.plan.taps:
+        for buffer, name, before in plan.taps:
             if not before:
                 buffer.values[name] = y.detach()
-        for t in self.plan.reads:
+        for t in plan.reads:
             _count(t)
             assert t.buffer is not None
-            y = t.part.read(t.cast(y.dtype), t.buffer.take(), y)
+            y = t.share_of(t.part.read(t.cast(y.dtype), t.buffer.take(), y), y)
         return y
 
 

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tunewise.sites import Tied, put_weight, tie, untie
+
 from .adaptation import Adaptation, handles
 from .checkpoint import FORMAT, write_json
 from .compat import check
@@ -17,6 +19,7 @@ from .delta import SiteDelta, forms
 from .errors import UserError, did_you_mean
 from .merge import materialize, merged_tensors, not_mergeable
 from .method import read_recipe
+from .part import describe_part
 from .plans import rebuild
 from .recipe import Recipe
 from .trainer import trainer_callback
@@ -31,7 +34,8 @@ class Handle(Adaptation):
     """An adaptation on a model, in a user's hand. Also reachable as `tw.handles(model)[name]`, on copies too."""
 
     run: Run | None = None
-    _tied: list[tuple[nn.Module, nn.Parameter, bool | None]] = []
+    merge_errors: dict[str, float] = {}
+    _tied: Tied = []
 
     @property
     def trainable(self) -> int:
@@ -51,7 +55,6 @@ class Handle(Adaptation):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts saved tensors in place, also where their sizes have changed since. Names must agree exactly."""
         commits = {n.removeprefix("commit."): v for n, v in state.items() if n.startswith("commit.")}
-        self._load_commits(commits)
         state = {n: v for n, v in state.items() if not n.startswith("commit.")}
         mine = {n: v for n, v in self.state().items() if not n.startswith("commit.")}
         for name in mine:
@@ -64,11 +67,18 @@ class Handle(Adaptation):
                 )
         buffers = self.buffers()
         infos = self.tensors()
+        for name, info in infos.items():
+            shape, axis = list(state[name].shape), info.axis
+            if axis is not None and len(shape) == info.tensor.dim():
+                shape[axis] = info.tensor.shape[axis]  # units may have come or gone
+            if shape != list(info.tensor.shape):
+                raise UserError(f"The saved {name} has another shape, {tuple(state[name].shape)}.")
+        self._load_commits(commits)
         with torch.no_grad():
             for name, value in state.items():
                 if name in buffers:
-                    t, last = self._buffer_place(name)
-                    t._buffers[last] = value.to(buffers[name].device, buffers[name].dtype).clone()
+                    place: Any = self.locate(name)
+                    place[0]._buffers[place[1]] = value.to(buffers[name].device, buffers[name].dtype).clone()
                 elif infos[name].tensor.shape == value.shape:
                     infos[name].tensor.copy_(value)
                 else:
@@ -87,19 +97,18 @@ class Handle(Adaptation):
         for name, before in self.moved.items():
             self.committed[name][0].copy_(values.get(name, before))
 
-    def _buffer_place(self, name: str) -> tuple[nn.Module, str]:
-        place = self.locate(name)
-        assert isinstance(place, tuple)
-        return place
-
     def materialize(self, site: str | None = None) -> dict[str, Tensor]:
         """{site: W' - W}, `[out, in]`; raises `UserError` if the adaptation is not mergeable."""
         return materialize(self, site)
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
+    def merge(self, *, quantized: bool = False) -> nn.Module:
         """Writes W' into the base and takes the deltas out of the forward pass. Originals are kept for
         `unmerge`.
+
+        Quantized layers are refused, as rounding W' to their codes may lose more than was learnt. With
+        `quantized` they get it, each in its own scheme, and `merge_errors` says what that cost:
+        {site: |rounded - W'| / |W' - W|}, and over all of them under "".
         """
         reason = not_mergeable(self)
         if reason:
@@ -107,37 +116,30 @@ class Handle(Adaptation):
         if self.merged is not None:
             raise UserError(f'The adaptation "{self.name}" is merged already.')
         others = [h.name for h in handles(self.model).values() if h.active and h is not self]
-        if others:
-            raise UserError(f'Merge into the base alone: switch "{others[0]}" off first.')
-        self._untie()
-        news = merged_tensors(self)
+        if others or self.share != 1.0:
+            more = f'switch "{others[0]}" off' if others else "end the mix with activate()"
+            raise UserError(f"Merge into the base alone: {more} first.")
+        self._refuse_rows()
+        shared = [s.module for _, s, _ in self.sites if s.tied or s.role == "head" or s.kind == "embedding"]
+        self._tied = untie(self.model, shared)
+        try:
+            news, self.merge_errors = merged_tensors(self, quantized)
+        except UserError:
+            tie(self.model, self._tied)
+            raise
         self.merged = {}
         names = {id(m): n for n, m in self.model.named_modules()}
         for module, parameter, new in news:
-            target = module._parameters[parameter]
+            key, target = f"{names[id(module)]}.{parameter}", module._parameters[parameter]
             assert target is not None
-            self.merged[f"{names[id(module)]}.{parameter}"] = target.detach().clone()
-            target.copy_(new)
+            if isinstance(new, nn.Parameter):  # codes: the whole object is exchanged
+                self.merged[key] = put_weight(module, new)
+            else:
+                self.merged[key] = target.detach().clone()
+                target.copy_(new)
         self.active = False  # existing parameters stay in place: they are the merged model's
         rebuild(self.model)
         return self.model
-
-    def _untie(self) -> None:
-        self._tied = []
-        tied = [s for _, s, _ in self.sites if s.tied is not None or s.role == "head"]
-        for site in tied:
-            weight = site.module._parameters.get("weight")
-            shared = [
-                m
-                for m in self.model.modules()
-                if m is not site.module and m._parameters.get("weight") is weight
-            ]
-            if weight is not None and shared:
-                site.module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-                config = getattr(self.model, "config", None)
-                self._tied.append((site.module, weight, getattr(config, "tie_word_embeddings", None)))
-                if config is not None:
-                    config.tie_word_embeddings = False
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -145,13 +147,12 @@ class Handle(Adaptation):
         if self.merged is None:
             raise UserError(f'The adaptation "{self.name}" is not merged.')
         for name, original in self.merged.items():
-            self.model.get_parameter(name).copy_(original)
-        for module, weight, flag in self._tied:
-            module._parameters["weight"] = weight
-            if flag is not None:
-                self.model.config.tie_word_embeddings = flag  # type: ignore[union-attr]
-        self._tied = []
-        self.merged, self.active = None, True
+            if isinstance(original, nn.Parameter):
+                put_weight(self.model.get_submodule(name.rpartition(".")[0]), original)
+            else:
+                self.model.get_parameter(name).copy_(original)
+        tie(self.model, self._tied)
+        self.merged, self.active, self.merge_errors = None, True, {}
         rebuild(self.model)
 
     def save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> Path:
@@ -181,6 +182,22 @@ class Handle(Adaptation):
         }
         write_json(folder / "adaptation.json", described)
         return folder
+
+    def load(self, directory: str | Path) -> None:
+        """Takes the tensors of a saved adaptation of the same recipe, in place: the base, the optimizer's
+        parameters and compiled code stay. Raises `UserError`, before anything is written, for another recipe.
+        """
+        described, state = _read(directory)
+        recipe = Recipe.from_description(described["recipe"])
+        mine, theirs = ([describe_part(p) for p in r["delta"] + r["head"]] for r in (self.recipe, recipe))
+        if theirs != mine:
+            raise UserError(
+                f'{directory} holds {recipe.name or "a recipe"} with other settings than "{self.name}" '
+                f"({self.recipe.name}): attach it beside this one with tw.restore(model, directory, name=...)."
+            )
+        if self.merged is not None:
+            raise UserError(f'The adaptation "{self.name}" is merged into the model; unmerge it first.')
+        self.load_state(state)
 
     def detach(self) -> None:
         """Takes everything away, bit-equal; a merged adaptation is unmerged first."""
@@ -266,18 +283,9 @@ def attach(
 
 def restore(model: nn.Module, directory: str | Path, *, name: str | None = None) -> Handle:
     """Attaches a saved adaptation to a fresh base model: equal outputs to those before saving."""
-    folder = Path(directory)
-    if (folder / "adaptation" / "adaptation.json").is_file():
-        folder = folder / "adaptation"
-    file = folder / "adaptation.json"
-    if not file.is_file():
-        raise UserError(f"{directory} holds no adaptation: {file.name} is missing.")
-    described = json.loads(file.read_text(encoding="utf-8"))
-    if described.get("format") != FORMAT:
-        raise UserError(f"{file} has format {described.get('format')}; this version reads {FORMAT}.")
+    described, state = _read(directory)
     recipe = Recipe.from_description(described["recipe"])
     handle = Handle(model, recipe, name or described["name"], getattr(torch, described["dtype"]), False, True)
-    state = load_file(folder / "adaptation.safetensors")
     commits = {n.removeprefix("commit."): v for n, v in state.items() if n.startswith("commit.")}
     handle.build(start=False)
     handle.load_state({n: v for n, v in state.items() if not n.startswith("commit.")})
@@ -287,3 +295,17 @@ def restore(model: nn.Module, directory: str | Path, *, name: str | None = None)
         with torch.no_grad():
             weight.copy_(written)
     return handle
+
+
+def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of a saved adaptation."""
+    folder = Path(directory)
+    if (folder / "adaptation" / "adaptation.json").is_file():
+        folder = folder / "adaptation"
+    file = folder / "adaptation.json"
+    if not file.is_file():
+        raise UserError(f"{directory} holds no adaptation: {file.name} is missing.")
+    described = json.loads(file.read_text(encoding="utf-8"))
+    if described.get("format") != FORMAT:
+        raise UserError(f"{file} has format {described.get('format')}; this version reads {FORMAT}.")
+    return described, load_file(folder / "adaptation.safetensors")

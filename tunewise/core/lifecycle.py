@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .part import EVENTS, STAGES, Part, overrides
+from .part import EVENTS, STAGES, Part, nested, overrides
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ __all__ = ["Lifecycle", "call_order"]
 
 
 def call_order(recipe: Recipe) -> dict[str, list[Part]]:
-    """event -> the parts that define it, in the order in which they are called."""
-    parts = [part for _, part in recipe.parts()]
+    """event -> the parts that define it, options of parts too, in the order in which they are called."""
+    parts = [one for _, part in recipe.parts() for one in nested(part)]
     order = {event: [p for p in parts if overrides(p, event)] for event in EVENTS}
     for part in order["gradients"]:
         if part.stage not in STAGES:
@@ -52,7 +52,7 @@ class Lifecycle:
 
     def unfired(self) -> str | None:
         """A sentence naming a part whose step events never came, or None."""
-        for event in ("before_step", "gradients", "after_step"):
+        for event in ("before_step", "gradients", "after_step", "prepare"):
             waiting = [
                 p for p in self.order[event] if p.slot != "optimizer"
             ]  # that one may be the user's own

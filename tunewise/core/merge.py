@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunewise.sites import Site
+from tunewise.sites import Site, is_quantized, read_weight, rounded, rounding_errors
 
 from .delta import SiteDelta, forms, keeps_in_out
 from .errors import UserError
-from .forward import changed_weight, is_quantized, read_weight
+from .forward import changed_weight
 from .part import Part
 
 if TYPE_CHECKING:
@@ -41,7 +41,16 @@ def not_mergeable(adaptation: Adaptation) -> str | None:
 
 
 def effective(ts: list[SiteDelta], site: Site) -> tuple[Tensor, Tensor | None]:
-    """(W', b') of a site under these deltas, `[out, in]` of the whole module; float32 or wider."""
+    """(W', b') of a site under these deltas in evaluation, `[out, in]` of the whole module; float32 or wider."""
+    modes = [t.training for t in ts]
+    try:
+        return _effective([t.eval() for t in ts], site)
+    finally:
+        for t, mode in zip(ts, modes, strict=True):
+            t.train(mode)
+
+
+def _effective(ts: list[SiteDelta], site: Site) -> tuple[Tensor, Tensor | None]:
     module = site.module
     before = read_weight(module, site.parameter or "weight").detach()
     weight = before.to(torch.promote_types(before.dtype, torch.float32))
@@ -106,9 +115,6 @@ def materialize(adaptation: Adaptation, name: str | None = None) -> dict[str, Te
         raise UserError(
             "The base weights were trained in place without a copy (undo=False): W' - W is not known."
         )
-    was = {t: t.training for _, _, t in adaptation.sites}
-    for t in was:
-        t.eval()
     result = {}
     for site, ts in _by_module(adaptation).values():
         if name is None or site.name == name:
@@ -120,8 +126,6 @@ def materialize(adaptation: Adaptation, name: str | None = None) -> dict[str, Te
             own = getattr(site.module, "bias", None)
             if bias is not None and isinstance(own, Tensor) and not torch.equal(bias, own.to(bias.dtype)):
                 result[f"{site.name}.bias"] = bias - own.to(bias.dtype)
-    for t, mode in was.items():
-        t.train(mode)
     for key, e in adaptation.existing.items():
         if name is None or key == name:
             moved = (e.ours - e.original).detach().float()
@@ -130,18 +134,22 @@ def materialize(adaptation: Adaptation, name: str | None = None) -> dict[str, Te
 
 
 @torch.no_grad()
-def merged_tensors(adaptation: Adaptation) -> list[tuple[nn.Module, str, Tensor]]:
-    """(module, parameter, new value in the module's own layout and dtype) for everything that merging writes."""
-    found = []
+def merged_tensors(
+    adaptation: Adaptation, quantized: bool = False
+) -> tuple[list[tuple[nn.Module, str, Tensor]], dict[str, float]]:
+    """What merging writes, as (module, parameter, new value in the module's own layout and dtype), and what
+    rounding it to codes costs, as `rounding_errors` has it.
+    """
+    found: list[tuple[nn.Module, str, Tensor]] = []
+    lost: dict[str, tuple[float, float]] = {}
     for (module, parameter), (site, ts) in _by_module(adaptation).items():
-        if is_quantized(module):
-            raise UserError(
-                f"{site.name} is quantized: merging would lose precision; load the base model unquantized."
-            )
         weight, bias = effective(ts, site)
-        old = getattr(module, parameter)
         new = weight.transpose(-1, -2) if keeps_in_out(site) else weight
-        found.append((module, parameter, new.to(old.dtype).contiguous()))
+        if is_quantized(module):
+            new, lost[site.name] = rounded(module, site.name, new, quantized)
+        else:
+            new = new.to(getattr(module, parameter).dtype).contiguous()
+        found.append((module, parameter, new))
         if bias is not None:
             found.append((module, "bias", bias.to(module.bias.dtype)))  # type: ignore[arg-type]
-    return found
+    return found, rounding_errors(lost)

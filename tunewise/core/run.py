@@ -130,17 +130,20 @@ class Run:
 
     def loss(self, batch: Any, units: float) -> Tensor:
         """Sum of all objectives for one micro-batch, the task's normalised by the units of the whole step."""
+        parts = [p for p in self.recipe["objective"] if float(getattr(p, "weight", 1.0)) != 0.0]
+        if not parts:
+            raise UserError("Every objective has weight 0: there is nothing to minimise.")
+        direct = getattr(parts[0], "direct", None) if len(parts) == 1 else None
+        total: Tensor | None = None if direct is None else direct(self, batch, units)
+        if total is not None:
+            return total * float(getattr(parts[0], "weight", 1.0))
         logits, outputs = self.forward(batch)
-        total: Tensor | None = None
-        for part in self.recipe["objective"]:
+        for part in parts:  # a weight of 0 is bit-identical to a run without this loss
             weight = float(getattr(part, "weight", 1.0))
-            if weight == 0.0:  # bit-identical to a run without this loss
-                continue
-            term = part.loss(self, batch, logits, outputs, units)  # type: ignore[attr-defined]
+            term: Tensor = part.loss(self, batch, logits, outputs, units)  # type: ignore[attr-defined]
             term = term if weight == 1.0 else term * weight
             total = term if total is None else total + term
-        if total is None:
-            raise UserError("Every objective has weight 0: there is nothing to minimise.")
+        assert total is not None
         return total
 
     def fire(self, event: str, *args: Any) -> Any:

@@ -99,7 +99,7 @@ class Tensors:
         self._do(change)
 
     def add(self, name: str) -> None:
-        """A tensor that was dropped enters the optimizer again, without moments, in the group of its tag."""
+        """A tensor that was dropped enters the optimizer again, without moments, in its group."""
 
         def change() -> None:
             info = self.info(name)
@@ -109,10 +109,9 @@ class Tensors:
                 info.tensor is p for g in self.optimizer.param_groups for p in g["params"]
             ):
                 return
-            home = next(
-                (g for g in self.optimizer.param_groups if g.get("tag") == info.tag),
-                self.optimizer.param_groups[0],
-            )
+            homes = {g.get("tag"): g for g in self.optimizer.param_groups}
+            own = homes.get(f"{info.tag}.{name.rpartition('.')[2]}", homes.get(info.tag))
+            home = own or self.optimizer.param_groups[0]
             home["params"].append(info.tensor)
 
         self._do(change)

@@ -21,7 +21,8 @@ from tunewise.post.algebra import to_lora, to_lora_from_components
 from tunewise.sites import Site, find_sites
 
 from .peft import write_peft
-from .peft_files import Factor, parameters, write_lora
+from .peft_files import parameters
+from .peft_lora import Factor, write_lora
 
 __all__ = ["export", "merge_to", "to_plain_lora"]
 
@@ -39,7 +40,7 @@ def export(
 ) -> dict[str, Any]:
     """Writes the adaptation as `to` and gives the facts that `export.json` keeps beside it.
 
-    "peft"  a PEFT checkpoint of exactly this LoRA (or soft prompt)
+    "peft"  a PEFT checkpoint of exactly this adaptation, where PEFT has its method; see `write_peft`
     "lora"  a PEFT checkpoint of plain LoRA for any mergeable change; see `to_plain_lora` for `rank`
     "hf"    the merged model as Hugging Face saves it; it loads without Tunewise
     The tokenizer is written beside it if given. The model in memory stays as it is.
@@ -135,14 +136,16 @@ def _merged(handle: Handle) -> Iterator[None]:
 @contextmanager
 def _alone(handle: Handle) -> Iterator[None]:
     """This adaptation active and no other, for the time of a `with` block."""
-    active = [h for h in handles(handle.model).values() if h.active]
+    everyone = [(h, h.active, h.share) for h in handles(handle.model).values()]
     handle.activate(only=True)
     try:
         yield
     finally:
         handle.deactivate()
-        for other in active:
-            other.activate(only=False)
+        for other, active, share in everyone:
+            other.weigh(share)
+            if active:
+                other.activate(only=False)
 
 
 @torch.no_grad()
@@ -151,9 +154,10 @@ def to_plain_lora(
 ) -> dict[str, Any]:
     """dW ~ B A at every changed linear and embedding: a PEFT LoRA checkpoint of any mergeable adaptation.
 
-    Low-rank deltas are exact unless `rank` is smaller than theirs; other changes are truncated by SVD to
-    `rank` (default 16). Gives `relative_error` = |dW - B A| / |dW| over all matrices, and per module. Heads,
-    norms and biases are written whole. Raises `UserError` for what is no change of weights, and for experts.
+    Low-rank deltas are exact unless `rank` is smaller than theirs, and so are low-rank changes that were
+    committed to the base; other changes are truncated by SVD to `rank` (default 16). Gives `relative_error` =
+    |dW - B A| / |dW| over all matrices, and per module. Heads, norms and biases are written whole. Raises
+    `UserError` for what is no change of weights, and for experts.
     """
     if handle.merged is not None:
         raise UserError(f'The adaptation "{handle.name}" is merged into the model; unmerge it first.')
@@ -169,6 +173,8 @@ def to_plain_lora(
             b, a, error = to_lora_from_components(components[name], rank)
         else:
             b, a, error = to_lora(change, rank or RANK)
+        if not len(a):  # a low-rank delta of rank 0 changes nothing
+            continue
         factors[name] = Factor(a, b, float(len(a)), site.kind == "embedding", site.transposed)
         errors[name] = error
         lost, total = lost + (error * norm) ** 2, total + norm**2
@@ -214,11 +220,23 @@ def _changes(handle: Handle) -> tuple[Changes, Components, dict[str, Tensor]]:
             trained[key] = handle.existing[key].original.detach() + change.to(own[key].dtype)
         else:
             _existing(handle, key, sites, names, changes, trained)
+    written: dict[str, tuple[Tensor, Tensor] | None] = {}
     for name, (weight, original) in handle.committed.items():
         site = sites[name.removesuffix(".weight")]
         change = (weight.detach() - original).float()
-        _put(changes, site, change.T if keeps_in_out(site) else change)
-    return changes, _components(handle, changes), trained
+        change = change.T if keeps_in_out(site) else change
+        _put(changes, site, change)
+        largest = max(float(w.detach().abs().max()) for w in (weight, original))
+        written[site.name] = _low_rank(change, largest, weight.dtype)
+    return changes, _components(handle, changes, written), trained
+
+
+def _low_rank(change: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """(B, A) of a change that is of low rank but for the rounding of weights up to `largest`, else None."""
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    noise = torch.finfo(dtype).eps * largest * sum(n**0.5 for n in change.shape)
+    rank = int((s > noise).sum())
+    return (u[:, :rank] * s[:rank], v[:rank]) if rank <= len(s) // 2 else None
 
 
 def _put(changes: Changes, site: Site, change: Tensor) -> None:
@@ -247,10 +265,12 @@ def _existing(
             trained[f"{owner}.{parameter}" if owner else parameter] = e.ours.detach()
 
 
-def _components(handle: Handle, changes: Changes) -> Components:
-    """The factors of every module that low-rank deltas alone change, scattered to all its rows."""
-    found: Components = {}
-    mixed = {name.removesuffix(".weight") for name in handle.committed}
+def _components(
+    handle: Handle, changes: Changes, written: dict[str, tuple[Tensor, Tensor] | None]
+) -> Components:
+    """The factors of every module that low-rank changes alone make up, scattered to all its rows."""
+    found: Components = {name: [(*pair, 1.0)] for name, pair in written.items() if pair is not None}
+    mixed = {name for name, pair in written.items() if pair is None}
     mixed |= {names.rpartition(".")[0] for names in handle.existing}
     for _, site, t in handle.sites:
         part: Any = t.part

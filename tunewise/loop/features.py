@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tunewise.core.adaptation import handles
-from tunewise.core.checkpoint import get_rng, set_rng
 from tunewise.core.run import Run
 
 from .frozen import Frozen, find_frozen, row_keys, weight_marks
 from .groups import Groups
+from .quiet import quiet
 from .served import Reached, Served
 
 __all__ = ["Features", "frozen_features"]
@@ -58,7 +58,7 @@ class Features:
         self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         self.frozen = Frozen()
         self.groups: Groups | None = None
-        with _quiet(run.model):
+        with quiet(run.model):
             self._decide()
         self.full = self.used >= limit_bytes
         if order is not None:
@@ -282,17 +282,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     bound = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
     a, b = a.double(), b.double()
     return bool((a - b).abs().mean() <= bound * a.abs().mean())
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Trying leaves no trace: evaluation mode, no gradients, the random state kept."""
-    modes, state = {module: module.training for module in model.modules()}, get_rng()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        set_rng(state)
-        for module, mode in modes.items():
-            module.training = mode

@@ -12,6 +12,7 @@ from tunewise.core.checkpoint import latest, load_tree, save_tree
 from tunewise.core.errors import RunError
 from tunewise.core.part import Part
 from tunewise.core.run import Run
+from tunewise.delta.lean import lean_layers
 
 from .evaluate import evaluate
 
@@ -40,14 +41,15 @@ class Single(Part):
         self._prepare(run, optimizer)
         run.total_steps = total  # more than when the checkpoint was written, where a run is made longer
         every = max(1, math.ceil(run.total_steps / settings.evaluations)) if settings.evaluations else 0
-        while run.step < run.total_steps and not run.extra.get("stopped"):
-            self._one_step(run, optimizer, stream, accelerator)
-            look = bool(every) and (run.step % every == 0 or run.step == run.total_steps)
-            if look and "valid" in run.streams.data:
-                self._look(run)
-            keep = run.step % settings.checkpoint_every == 0 if settings.checkpoint_every else look
-            if run.directory is not None and (keep or run.step == run.total_steps):
-                self._checkpoint(run, optimizer)
+        with lean_layers(run):
+            while run.step < run.total_steps and not run.extra.get("stopped"):
+                self._one_step(run, optimizer, stream, accelerator)
+                look = bool(every) and (run.step % every == 0 or run.step == run.total_steps)
+                if look and "valid" in run.streams.data:
+                    self._look(run)
+                keep = run.step % settings.checkpoint_every == 0 if settings.checkpoint_every else look
+                if run.directory is not None and (keep or run.step == run.total_steps):
+                    self._checkpoint(run, optimizer)
         self._end(run)
 
     def _prepare(self, run: Run, optimizer: Any) -> None:

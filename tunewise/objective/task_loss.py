@@ -25,7 +25,21 @@ class TaskLoss(Part):
 
     def loss(self, run: Run, batch: Any, logits: Tensor, outputs: Any, units: float) -> Tensor:
         """The loss of one micro-batch, in float32."""
-        per_row = run.task.losses(logits, batch)
+        return self._sum(run, batch, run.task.losses(logits, batch), units)
+
+    def direct(self, run: Run, batch: Any, units: float) -> Tensor | None:
+        """The same from hidden states, where the head gives them and the task reads them: no table of logits.
+
+        None where the plain way must be taken.
+        """
+        states = getattr(run.recipe.single("head"), "states", None)
+        losses = getattr(run.task, "state_losses", None)
+        if states is None or losses is None or type(self).loss is not TaskLoss.loss:
+            return None
+        found = states(run, batch) if run.task.reads_states else None
+        return None if found is None else self._sum(run, batch, losses(*found, batch), units)
+
+    def _sum(self, run: Run, batch: Any, per_row: Tensor, units: float) -> Tensor:
         run.sample_losses.update(
             zip(batch.ids, (per_row.detach() / batch.units.clamp(min=1)).tolist(), strict=True)
         )

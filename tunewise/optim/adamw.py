@@ -19,9 +19,10 @@ class AdamW(Part):
     """theta <- theta - lr (m / (sqrt(v) + eps) + decay theta), with gradients clipped to norm `clip` (0:
     not).
 
-    Per tag: `rates` multiplies lr, `decays` replaces decay (biases, scales and gates have none), `ascend`
-    names tags that go up instead of down. Raises `RunError` when the loss or the gradient norm is not finite,
-    before the step. Source: arXiv 1711.05101.
+    Per tag ("direction") or per tensor of a tag ("direction.B"), which goes first: `rates` multiplies lr,
+    `decays` replaces decay (biases, scales and gates have none), `ascend` names what goes up instead of down.
+    Raises `RunError` when the loss or the gradient norm is not finite, before the step. Source: arXiv
+    1711.05101.
     """
 
     slot: ClassVar[str] = "optimizer"
@@ -36,23 +37,29 @@ class AdamW(Part):
     ascend: tuple[str, ...] = ()
 
     def setup(self, run: Run, lr: float) -> None:
-        """Makes the optimizer: one group per tag."""
-        for tag in {*self.rates, *self.decays, *self.ascend} - {*TAGS}:
-            raise UserError(f'AdamW: no tensor has the tag "{tag}"{did_you_mean(tag, TAGS)}')
+        """Makes the optimizer: one group per tag, and per tensor that is named. `UserError` for a name of none."""
+        infos = run.tensors.all()
+        there = {name: f"{info.tag}.{name.rpartition('.')[2]}" for name, info in infos.items()}
+        named = dict.fromkeys([*self.rates, *self.decays, *self.ascend])
+        for key in named:
+            what, known = ("name", [*there.values()]) if "." in key else ("tag", [*TAGS])
+            if key not in known:
+                raise UserError(f'AdamW: no tensor has the {what} "{key}"{did_you_mean(key, known)}')
         groups: dict[str, list[torch.nn.Parameter]] = {}
-        for _, info in run.tensors.all().items():
-            groups.setdefault(info.tag, []).append(info.tensor)
+        for name, info in infos.items():
+            group = there[name] if there[name] in named else info.tag
+            groups.setdefault(group, []).append(info.tensor)
         run.tensors.optimizer = torch.optim.AdamW(
             [
                 {
                     "params": params,
-                    "tag": tag,
-                    "lr": lr * self.rates.get(tag, 1.0),
-                    "base_lr": lr * self.rates.get(tag, 1.0),
-                    "weight_decay": self.decays.get(tag, self.decay),
-                    "maximize": tag in self.ascend,
+                    "tag": group,
+                    "lr": lr * _value(self.rates, group, 1.0),
+                    "base_lr": lr * _value(self.rates, group, 1.0),
+                    "weight_decay": _value(self.decays, group, self.decay),
+                    "maximize": bool({group, group.partition(".")[0]} & {*self.ascend}),
                 }
-                for tag, params in groups.items()
+                for group, params in groups.items()
             ],
             betas=self.betas,
             eps=self.eps,
@@ -111,3 +118,7 @@ class AdamW(Part):
                     else v
                     for k, v in state[name].items()
                 }
+
+
+def _value(table: dict[str, float], group: str, otherwise: float) -> float:
+    return table.get(group, table.get(group.partition(".")[0], otherwise))

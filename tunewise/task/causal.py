@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunewise.core.errors import UserError
 from tunewise.data import Columns
 from tunewise.task.base import Batch, CustomMetric, Example, Row, Task
 from tunewise.task.chat import Message, Tokens, conversation, plain_answer, plain_text, prompt_ids
+from tunewise.task.linear_loss import linear_cross_entropy
 from tunewise.task.metrics import bootstrap
 from tunewise.task.text import IGNORED, longest, pad_sequences
 
@@ -172,6 +173,11 @@ class CausalLM(Task):
 
     def _supervised(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (float32) and targets of supervised positions alone: the whole table keeps its dtype."""
+        chosen, targets, mask = self._chosen(logits, batch)
+        return chosen.float(), targets, mask
+
+    def _chosen(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of any values `[rows, tokens, ...]` that stand before a supervised token."""
         if batch.labels is None:
             raise UserError(
                 f"Row {batch.ids[0]} and its batch have no answers to score; use generate for new ones."
@@ -184,7 +190,7 @@ class CausalLM(Task):
         targets = batch.labels[:, 1:]
         mask = targets != IGNORED
         before = logits[:, -batch.labels.shape[1] : -1]  # soft prompts stand in front
-        return before[mask].float(), targets[mask], mask
+        return before[mask], targets[mask], mask
 
     @staticmethod
     def _per_row(values: Tensor, mask: Tensor) -> Tensor:
@@ -193,6 +199,16 @@ class CausalLM(Task):
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         chosen, targets, mask = self._supervised(logits, batch)
         return self._per_row(F.cross_entropy(chosen, targets, reduction="none"), mask)
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether `state_losses` computes what `losses` does."""
+        return type(self).losses is CausalLM.losses
+
+    def state_losses(self, hidden: Tensor, layer: nn.Linear, batch: Batch) -> Tensor:
+        """`losses` of layer(hidden); hidden `[rows, tokens, width]`. Logits exist for some tokens at a time."""
+        chosen, targets, mask = self._chosen(hidden, batch)
+        return self._per_row(linear_cross_entropy(chosen, layer.weight, layer.bias, targets), mask)
 
     def predict(self, logits: Tensor, batch: Batch) -> list[dict[str, float]]:
         chosen, targets, mask = self._supervised(logits, batch)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tunewise.core.run import Run
+from tunewise.delta.lean import lean_layers
 from tunewise.loop.evaluate import predict_rows
 from tunewise.study.estimate.count import Counter, bytes_of
 from tunewise.study.estimate.states import Kept
@@ -88,9 +89,10 @@ def count_steps(run: Run, counter: Counter, clock: Clock, states: Kept) -> Steps
         optimizer.setup(run, optimizer.lr or settings.lr)
         run.fire("prepare")
     micro = settings.micro_batch or settings.batch_size
-    new, known = _prices(
-        counter, clock, states, batches, micro, lambda rows: _step(run, counter, optimizer, rows, micro)
-    )
+    with lean_layers(run):
+        new, known = _prices(
+            counter, clock, states, batches, micro, lambda rows: _step(run, counter, optimizer, rows, micro)
+        )
     held = run.tensors.optimizer
     moments = bytes_of(
         [v for s in (held.state.values() if held else ()) for v in s.values() if torch.is_tensor(v)]

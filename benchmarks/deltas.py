@@ -1,0 +1,241 @@
+"""Every delta method on small real data: three rates x three seeds, the same steps for all, against the linear probe.
+
+    python benchmarks/deltas.py --workers 2              # resumable, one row per run in results/deltas.jsonl
+    python benchmarks/deltas.py --methods lora,dora      # only these
+    python benchmarks/deltas.py --summary                # writes benchmarks/results/deltas.json
+
+Model tiny-roberta, data `peptides`, one epoch, everything else as `tune` does it. What counts is the loss of the
+validation rows at the state that `tune` keeps (its best look). At its best rate, by the mean over the seeds, at
+least nine of ten methods must end below the linear probe, which is solved exactly on the same rows. Seconds per
+step are CPU time of one thread, looks included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tunewise as tw
+from tunewise.core.checkpoint import write_json, write_text
+from tunewise.core.errors import RunError, UserError, did_you_mean
+from tunewise.core.method import get_method, method_names
+from tunewise.data import Splits
+from tunewise.machine import environment
+from tunewise.prepare import prepare_data
+
+RESULTS = Path(__file__).parent / "results"
+AREAS = ("lowrank", "spectral", "sparse", "existing")
+PROBE = "linear_probe"
+SEEDS = (0, 1, 2)
+STEPS, LOOKS = 94, 2
+"""One epoch; looks at the validation rows, which cost as much as ten steps each."""
+BAR = 0.9
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; the probe has no rate, no seed and no steps."""
+
+    method: str
+    lr: float | None
+    seed: int
+    steps: int | None
+
+
+def quiet(sentence: str) -> None:
+    """Nothing is said here."""
+
+
+@cache
+def rows() -> Splits:
+    """The three sets, read once per process."""
+    return prepare_data("peptides", say=quiet).splits
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The row of one run; one that fails (a loss that became NaN) gives the reason instead of figures."""
+    started: list[float] = []
+
+    def say(sentence: str) -> None:
+        started[:] = [time.process_time()]  # the last sentence is said when training begins
+
+    sets, found = rows(), {**vars(job), "threads": torch.get_num_threads()}
+    try:
+        metrics = tw.tune(
+            "tiny-roberta",
+            sets.train,
+            valid=sets.valid,
+            test=sets.test,
+            method=job.method,
+            lr=job.lr,
+            steps=job.steps,
+            seed=job.seed,
+            final_test=False,
+            device="cpu",
+            options={"evaluations": LOOKS},
+            say=say,
+        ).metrics
+    except RunError as error:
+        return {**found, "failed": str(error)}
+    except Exception as error:  # the other methods go on; `--again` tries what failed once more
+        return {**found, "failed": f"{type(error).__name__}: {error}"}
+    return {
+        **found,
+        "loss": metrics["valid/loss"],
+        "accuracy": metrics["valid/accuracy"],
+        "trainable": metrics["trainable"],
+        "seconds": metrics["seconds"],
+        "cpu_seconds": time.process_time() - started[0],
+        "peak_memory_mb": metrics["peak_memory_mb"],
+    }
+
+
+def methods(named: str | None) -> list[str]:
+    """The named methods, or all of the four areas."""
+    everything = [n for n in method_names() if get_method(n).area in AREAS and n != PROBE]
+    chosen = [n.strip() for n in named.split(",")] if named else everything
+    for name in chosen:
+        if name not in everything:
+            raise UserError(f'No method "{name}" is compared here{did_you_mean(name, everything)}')
+    return chosen
+
+
+def jobs(chosen: Iterable[str], steps: int) -> Iterator[Job]:
+    """The probe, then seed 0 of everything before seed 1, so that a part of the runs tells something about all."""
+    yield Job(PROBE, None, 0, None)
+    for seed in SEEDS:
+        for name in chosen:
+            for lr in get_method(name).lr:
+                yield Job(name, lr, seed, steps)
+
+
+class Rows:
+    """Rows of finished runs in a file; what is there is not run again."""
+
+    def __init__(self, file: Path, again: bool = False) -> None:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        rows = [json.loads(line) for line in lines]
+        self.file, self.rows = file, [r for r in rows if not (again and "failed" in r)]
+
+    def __contains__(self, job: Job) -> bool:
+        return any(all(row[k] == v for k, v in vars(job).items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """The file holds the row, or is as it was."""
+        self.rows.append(row)
+        write_text(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+        print(json.dumps(row), flush=True)
+
+
+def one_thread() -> None:
+    """Workers side by side do not crowd each other out."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def carry_out(kept: Rows, todo: list[Job], workers: int) -> None:
+    """Runs what is missing; rows are written as runs end."""
+    one_thread()
+    if workers == 1:
+        for job in todo:
+            kept.add(run(job))
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, one_thread) as pool:
+        for row in pool.imap_unordered(run, todo):
+            kept.add(row)
+
+
+def summary(kept: Rows, steps: int) -> dict[str, Any]:
+    """Each method at its best rate beside the probe; methods without all of their runs are named apart."""
+    probe = next((r for r in kept.rows if r["method"] == PROBE), None)
+    if probe is None:
+        raise UserError(f"{kept.file} holds no run of the linear probe.")
+    found: dict[str, Any] = {}
+    unfinished = []
+    for name in methods(None):
+        mine = [r for r in kept.rows if r["method"] == name and r["steps"] == steps]
+        rates = {lr: [r for r in mine if r["lr"] == lr] for lr in get_method(name).lr}
+        if all(len({r["seed"] for r in runs}) == len(SEEDS) for runs in rates.values()):
+            found[name] = of_method(rates, probe["loss"])
+        else:
+            unfinished.append(name)
+    below = [name for name, one in found.items() if one["below_probe"]]
+    return {
+        "environment": environment() | {"threads": 1},
+        "model": "tiny-roberta",
+        "data": "peptides",
+        "steps": steps,
+        "seeds": list(SEEDS),
+        "probe": {k: probe[k] for k in ("loss", "accuracy", "trainable")},
+        "bar": BAR,
+        "share_below": len(below) / len(found) if found else 0.0,
+        "above": {n: one["loss"] for n, one in found.items() if not one["below_probe"]},
+        "unfinished": unfinished,
+        "methods": found,
+        "rows": [r for r in kept.rows if r["method"] == PROBE or r["steps"] == steps],
+    }
+
+
+def of_method(rates: dict[float, list[dict[str, Any]]], probe: float) -> dict[str, Any]:
+    """Figures at the rate whose mean loss is least; a rate with a failed run cannot be the best."""
+    whole = {lr: runs for lr, runs in rates.items() if all("loss" in r for r in runs)}
+    means = {str(lr): statistics.mean(r["loss"] for r in runs) for lr, runs in whole.items()}
+    failed = {str(lr): [r["failed"] for r in runs if "failed" in r] for lr, runs in rates.items()}
+    failed = {lr: reasons for lr, reasons in failed.items() if reasons}
+    if not whole:
+        return {"lr": None, "loss": None, "below_probe": False, "failed": failed}
+    lr = min(whole, key=lambda rate: means[str(rate)])
+    runs = whole[lr]
+    losses = [r["loss"] for r in runs]
+    mean = means[str(lr)]
+    return {
+        "lr": lr,
+        "loss": mean,
+        "loss_min": min(losses),
+        "loss_max": max(losses),
+        "accuracy": statistics.mean(r["accuracy"] for r in runs),
+        "trainable": runs[0]["trainable"],
+        "seconds_per_step": statistics.median(r["cpu_seconds"] / r["steps"] for r in runs),
+        "peak_memory_mb": max(r["peak_memory_mb"] for r in runs),
+        "below_probe": mean < probe,
+        "loss_by_rate": means,
+        "failed": failed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", help="names with commas between them; all by default")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side, one thread each")
+    parser.add_argument("--summary", action="store_true", help="sum up what was run, run nothing")
+    parser.add_argument("--again", action="store_true", help="also run what failed before")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "deltas.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS / "deltas.json")
+    options = parser.parse_args()
+    kept = Rows(options.rows, options.again)
+    if options.summary:
+        found = summary(kept, options.steps)
+        write_json(options.out, found)
+        print(json.dumps({k: v for k, v in found.items() if k not in ("methods", "rows")}, indent=1))
+        return
+    todo = [job for job in jobs(methods(options.methods), options.steps) if job not in kept]
+    print(f"{len(todo)} runs are missing.", flush=True)
+    carry_out(kept, todo, options.workers)
+
+
+if __name__ == "__main__":
+    main()

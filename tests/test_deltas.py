@@ -1,0 +1,61 @@
+"""The summary of the training benchmark, from made-up rows: best rates, failures, what is missing, the bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import deltas
+from tunewise.core.errors import UserError
+from tunewise.core.method import get_method
+
+
+def rows(name: str, losses: list[float | None], seeds: int = 3) -> list[dict[str, Any]]:
+    """Three rates with these mean losses; None is a rate at which seed 0 failed."""
+    found: list[dict[str, Any]] = []
+    for lr, loss in zip(get_method(name).lr, losses, strict=True):
+        for seed in range(seeds):
+            row: dict[str, Any] = {"method": name, "lr": lr, "seed": seed, "steps": 10}
+            figures = {"accuracy": 0.8, "trainable": 7, "cpu_seconds": 5.0, "peak_memory_mb": 9.0}
+            failed = loss is None and seed == 0
+            row |= {"failed": "NaN"} if failed else {"loss": (loss or 0.1) + 0.01 * (seed - 1), **figures}
+            found.append(row)
+    return found
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deltas.Rows:
+    monkeypatch.setattr(deltas, "method_names", lambda: ["bitfit", "dora", "full", "linear_probe", "lora"])
+    probe = {"method": "linear_probe", "lr": None, "seed": 0, "steps": None}
+    found = deltas.Rows(tmp_path / "rows.jsonl")
+    everything = [probe | {"loss": 0.42, "accuracy": 0.83, "trainable": 5}, *rows("lora", [0.5, 0.4, None])]
+    for row in everything + rows("full", [0.6, 0.5, 0.43]) + rows("bitfit", [0.1, 0.1, 0.1], seeds=2):
+        found.add(row)
+    return found
+
+
+def test_each_method_counts_at_its_best_rate(kept: deltas.Rows) -> None:
+    found = deltas.summary(kept, 10)
+    lora = found["methods"]["lora"]
+    assert lora["lr"] == get_method("lora").lr[1] and lora["below_probe"]
+    assert [round(lora[k], 6) for k in ("loss", "loss_min", "loss_max")] == [0.4, 0.39, 0.41]
+    assert lora["seconds_per_step"] == 0.5 and lora["failed"] == {str(get_method("lora").lr[2]): ["NaN"]}
+    assert found["share_below"] == 0.5 and found["above"] == {"full": pytest.approx(0.43)}
+    assert found["unfinished"] == ["bitfit", "dora"]
+
+
+def test_finished_runs_are_not_run_again(kept: deltas.Rows) -> None:
+    again = deltas.Rows(kept.file)
+    assert again.rows == kept.rows
+    missing = [job for job in deltas.jobs(["lora", "bitfit"], 10) if job not in again]
+    assert {(job.method, job.seed) for job in missing} == {("bitfit", 2)}
+    assert len([job for job in deltas.jobs(["lora"], 11) if job not in again]) == 9
+    retried = deltas.Rows(kept.file, again=True)
+    assert [job.seed for job in deltas.jobs(["lora"], 10) if job not in retried] == [0]
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(UserError, match='did you mean "lora"'):
+        deltas.methods("lorra")

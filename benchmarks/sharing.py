@@ -3,9 +3,10 @@
     python benchmarks/sharing.py        # one thread, one process; writes benchmarks/results/sharing.json
 
 Model minilm, data `reviews`. Apart, each trial loads the model, reads and encodes the rows and computes every
-state in every step, as `tune` does. Together, the trials share one loaded model per head, one encoding and one
-store. The two sides take turns, trial by trial, so that a machine that slows down slows down both.
-`--own-store` also measures trials by themselves that keep their states from one epoch to the next.
+state in every step, as a training loop does. Together, the trials share one loaded model per head, one encoding
+and one store, as in a study. With a store of its own, each trial loads everything and keeps its states from one
+epoch to the next, as `tune` does. The sides take turns, trial by trial, so that a machine that slows down slows
+down all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,8 @@ class Kept:
         return self.models[kind]
 
 
-def trial(kept: Kept, method: str, rate: float, epochs: float, limit: int | None) -> dict[str, Any]:
-    """One trial and its validation predictions; `limit` None: as `tune` computes it, the frozen part in
-    training mode.
-    """
+def trial(kept: Kept, method: str, rate: float, epochs: float, limit: int) -> dict[str, Any]:
+    """One trial and its validation predictions; `limit` is what may be kept of frozen states, in bytes."""
     started, busy = time.perf_counter(), time.process_time()
     prepared = kept.prepared(method)
     recipe = complete(method, prepared.data.task, prepared.model.config)
@@ -76,8 +74,7 @@ def trial(kept: Kept, method: str, rate: float, epochs: float, limit: int | None
         settings=Settings.of(lr=rate, epochs=epochs, **sizes),
     )
     run.tokenizer = prepared.tokenizer
-    shared: Any = nullcontext() if limit is None else frozen_features(run, kept.store, limit_bytes=limit)
-    with shared as features:
+    with frozen_features(run, kept.store, limit_bytes=limit, order=0) as features:
         handle.recipe.single("loop").run(run)  # type: ignore[union-attr]
         predictions, losses = predict_rows(run, prepared.examples["valid"])
     metrics = prepared.data.task.metrics(predictions, prepared.examples["valid"])
@@ -88,20 +85,19 @@ def trial(kept: Kept, method: str, rate: float, epochs: float, limit: int | None
         "accuracy": metrics["accuracy"],
         **losses,
         "predictions": predictions,
-        "rows_served": features.served if features is not None else 0,
-        "rows_computed": features.computed if features is not None else 0,
+        "rows_served": features.served,
+        "rows_computed": features.computed,
     }
 
 
-def compare(epochs: float, own: bool) -> dict[str, Any]:
-    """All trials on both sides, taking turns; the first side changes from trial to trial."""
+def compare(epochs: float) -> dict[str, Any]:
+    """All trials on all sides, taking turns; the first side changes from trial to trial."""
     together, rows = Kept(), []
     for number, (method, rate) in enumerate(TRIALS):
         sides = [("apart", Kept(), 0), ("together", together, LIMIT)]
         if number % 2:
             sides.reverse()
-        if own:
-            sides.append(("own store", Kept(), LIMIT))
+        sides.append(("own store", Kept(), LIMIT))
         found = {name: trial(kept, method, rate, epochs, limit) for name, kept, limit in sides}
         predicted = {name: one.pop("predictions") for name, one in found.items()}
         row: dict[str, Any] = {"method": method, "lr": rate, **found}
@@ -120,6 +116,7 @@ def compare(epochs: float, own: bool) -> dict[str, Any]:
         "cpu_seconds": cpu,
         "ratio": seconds["together"] / seconds["apart"],
         "cpu_ratio": cpu["together"] / cpu["apart"],
+        "cpu_ratio_to_own_store": cpu["together"] / cpu["own store"],
         "bar": BAR,
         "largest_accuracy_difference": max(
             abs(r["apart"]["accuracy"] - r["together"]["accuracy"]) for r in rows
@@ -134,12 +131,9 @@ def compare(epochs: float, own: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument(
-        "--own-store", action="store_true", help="also measure trials with a store of their own"
-    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = compare(options.epochs, options.own_store)
+    found = compare(options.epochs)
     target = Path(__file__).parent / "results" / "sharing.json"
     write_json(target, {"environment": environment(), **found})
     print(json.dumps({k: v for k, v in found.items() if k != "trials"}, indent=1))

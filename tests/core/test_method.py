@@ -82,7 +82,7 @@ def test_nested_parts_and_plain_values() -> None:
         ("lora(rank=high)", 'a text goes in quotes: "high"'),
         ("lora(rank=1+1)", "is not a plain number"),
         ("lora(**x)", "takes options written as name=value"),
-        ("lora(1, 2, 3, 4, 5, 6)", "lora: too many positional arguments"),
+        ("lora(1, 2, 3, 4, 5, 6, 7)", "lora: too many positional arguments"),
         ("lora(rank='x')", "LoRA: rank='x' is not valid"),
         ("lora - ladder", "is not a method; write for example"),
         ("__import__('os').system('true')", "is not"),

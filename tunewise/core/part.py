@@ -74,8 +74,9 @@ class Part:
     Subclasses are dataclasses without being told so. Everything a part learns during a run goes into
     `self.state`, a dict of tensors, numbers, strings, lists and dicts that every checkpoint holds.
 
-    Events (override what is needed; only the core calls them): `prepare(run)`, `select(run, ids) -> ids`,
-    `before_step(run)`, `gradients(run)`, `after_step(run)`, `boundary(run, kind)`, `finish(run)`.
+    Events (override what is needed; only the core calls them, also those of parts among the options):
+    `prepare(run)`, `select(run, ids) -> ids`, `before_step(run)`, `gradients(run)`, `after_step(run)`,
+    `boundary(run, kind)`, `finish(run)`.
     Raises `UserError` for a misspelt or ill-typed hyperparameter.
     """
 

@@ -55,7 +55,9 @@ ROWS = {
     "dora dropout": _lora("minilm", "dora(rank=8, dropout=0.1)", 0.55, 0.55, use_dora=True, lora_dropout=0.1),
     "loha": Row("minilm", "loha(rank=8)", "LoHaConfig", {"r": 8}, 0.70, 1.0),
     "lokr": Row("minilm", "lokr(rank=8)", "LoKrConfig", {"r": 8}, 0.70, 1.0),
-    "fourierft": Row("minilm", "fourierft(frequencies=1000)", "FourierFTConfig", {"n_frequency": 1000}, 0.70, 1.0),
+    "fourierft": Row(
+        "minilm", "fourierft(frequencies=1000)", "FourierFTConfig", {"n_frequency": 1000}, 0.70, 1.0
+    ),
     "decoder lora": _lora("smollm2", "lora(rank=8)", 1.02, 0.62),
     "decoder lora bf16": _lora("smollm2", "lora(rank=8)", 0.90, 0.60, half=True),
     "decoder dora": _lora("smollm2", "dora(rank=8)", 0.92, 0.52, use_dora=True),

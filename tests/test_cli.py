@@ -96,7 +96,7 @@ def finished(tmp_path: Path) -> str:
         ("predict run", "predict needs ROWS."),
         ("predict no/such rows.csv", "The run folder no/such does not exist."),
         ("check no-such.csv", 'There is no file or folder "no-such.csv".'),
-        ("show lorra", 'There is no method "lorra"; did you mean "lora"?'),
+        ("show laddr", 'There is no method "laddr"; did you mean "ladder"?'),
         ("methods --area lowrang", 'There is no area "lowrang"; did you mean "lowrank"?'),
     ],
 )

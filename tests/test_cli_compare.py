@@ -218,7 +218,7 @@ def test_dry_run_of_a_study_that_is_there_is_its_own(compare: Any, capsys: Captu
         (["--seeds", "0"], "seeds=0 is not valid: at least 1."),
         (["--seeds", "1.5"], 'compare: --seeds takes a whole number, not "1.5".'),
         (["--workers", "0"], "workers=0 is not valid: at least 1."),
-        (["--methods", "lorra, full"], 'There is no method "lorra"; did you mean "lora"?'),
+        (["--methods", "laddr, full"], 'There is no method "laddr"; did you mean "ladder"?'),
         (["--method", "lora"], 'compare has no option "--method"; did you mean "--methods"?'),
         (["--set", "lr"], '--set takes name=value, not "lr".'),
     ],

@@ -1,10 +1,10 @@
 """Time and memory of one training step against PEFT's, or against full fine-tuning's, row by row.
 
-python benchmarks/kernels.py [ROW ...] [--pairs 7] [--again]        # --list shows the rows
+python benchmarks/steps_vs_peft.py [ROW ...] [--pairs 7] [--again]        # --list shows the rows
 
 Time: CPU seconds of one thread, both sides in one process, the median ratio of alternating pairs. Memory: the
 peak of a fresh process of either side above its loaded base model, so gradients, moments and activations. A row
-that stands in benchmarks/results/kernels.json already is not measured again without --again.
+that stands in benchmarks/results/steps_vs_peft.json already is not measured again without --again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
+RESULTS = Path(__file__).parent / "results" / "steps_vs_peft.json"
 ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 8, "lora_alpha": 16}

@@ -29,7 +29,7 @@ class BlockLoRA(OwnStart):
     code is public, the sharing is the abstract's, the sum of blocks follows from it.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "quantized", "sizes"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes"})
     rank: PositiveInt = 16
     blocks: PositiveInt = 8
 

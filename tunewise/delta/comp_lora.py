@@ -44,7 +44,7 @@ class CompLoRA(OwnStart):
     with those of the directions kept, and agree with it up to a rotation of A and B. How k is chosen is not public.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "quantized", "sizes"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes"})
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.5
     directions: NonNegativeInt | None = None
 

@@ -32,7 +32,7 @@ class DeactivatedLoRA(OwnStart):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "embedding")
-    gives: ClassVar[frozenset[str]] = frozenset({"sizes", "quantized", "components"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sizes", "components"})
     deactivation: Annotated[float, Field(ge=0, le=1)] = 0.2
 
     def start(self, site: Site) -> dict[str, P]:

@@ -37,7 +37,7 @@ class DoRA(Delta):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "embedding")
-    gives: ClassVar[frozenset[str]] = frozenset({"sizes", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sizes"})
     alone: ClassVar[bool] = True
     rank: PositiveInt = 8
     alpha: float = 16.0

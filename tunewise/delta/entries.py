@@ -34,7 +34,6 @@ class SparseEntries(Delta):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "experts")
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     unit: ClassVar[str] = "entry"
     entries: Entries = Uniform(share=0.01)
     scale: float = 1.0

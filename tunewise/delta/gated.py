@@ -35,7 +35,7 @@ class GatedLowRank(LoRA):
     2409.00055; AdaLoRA, arXiv 2303.10512; SoRA, arXiv 2311.11696.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes", "quantized", "gates"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes", "gates"})
     start: Literal["svd", "triplets", "gates"] = "triplets"
     gate: Literal["singular", "gate"] = "singular"
 

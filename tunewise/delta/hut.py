@@ -31,7 +31,7 @@ class HUT(OwnStart):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
-    gives: ClassVar[frozenset[str]] = frozenset({"sizes", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sizes"})
     order: ClassVar[str] = "multiply"
     output = Delta.output
 

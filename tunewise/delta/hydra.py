@@ -34,7 +34,7 @@ class Hydra(OwnStart):
     """
 
     linear: ClassVar[bool] = True
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components"})
     rank: NonNegativeInt = 4
     alpha: float = 4.0
     sequential: NonNegativeInt = 8

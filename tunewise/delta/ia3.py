@@ -25,7 +25,6 @@ class InputScale(Delta):
 
     linear: ClassVar[bool] = True
     unit: ClassVar[str] = "column"
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     sites: str | list[str] = "down"
 
     def tensors(self, site: Site) -> dict[str, P]:

@@ -36,7 +36,7 @@ class LoHa(Delta):
     2309.14859. Not here: the Tucker form for convolutions.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes"})
     rank: PositiveInt = 8
     alpha: float = 8.0
     rank_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -66,7 +66,6 @@ class LoKr(Delta):
     Not here: the Tucker form for convolutions.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     rank: PositiveInt = 8
     alpha: float = 8.0
     factor: int = -1

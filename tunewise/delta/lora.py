@@ -33,7 +33,7 @@ class LoRA(Delta):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "embedding")
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components", "sizes"})
     rank: PositiveInt = 8
     alpha: float = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -30,7 +30,7 @@ class MiSS(Delta):
     rank mini. Source: MiSS (earlier Bone, DiSHA), arXiv 2409.15371; numbers equal PEFT's `miss`.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components"})
     rank: PositiveInt = 32
     mini: PositiveInt | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -84,7 +84,6 @@ class BlockAffine(Delta):
     "bat" of MiSS (earlier Bone, DiSHA), arXiv 2409.15371; numbers equal PEFT's `miss` with init_weights="bat".
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     order: ClassVar[str] = "multiply"
     rank: PositiveInt = 32
     sites: str | list[str] = "linear"

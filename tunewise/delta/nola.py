@@ -30,7 +30,7 @@ class NOLA(OwnStart):
     model's device, where bases differ between devices).
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components"})
     rank: PositiveInt = 8
     alpha: float = 8.0
     basis: PositiveInt = 512

@@ -51,7 +51,6 @@ class OFT(Delta):
 
     linear: ClassVar[bool] = True
     unit: ClassVar[str] = "block"
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     block_size: PositiveInt = 32
     terms: NonNegativeInt = 5
     block_share: bool = False

@@ -43,7 +43,6 @@ class KernelEntries(Delta):
     Trainable scalars: rank (in + out). Source: SNELL, arXiv 2411.01800.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     identity: ClassVar[bool] = False
     rank: Annotated[int, Field(gt=0, multiple_of=2)] = 8
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -168,7 +168,6 @@ class FourierFT(Delta):
     in out / (4 (in + out)) on: 48 for a width of 384. Trainable scalars: K per site. Source: arXiv 2405.03003.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     frequencies: PositiveInt = 1000
     scale: float = 150.0
     seed: NonNegativeInt = 777
@@ -213,7 +212,6 @@ class LoCA(Delta):
     here: dropout of x on the changed path, which would cost a second product of W's size.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     frequencies: PositiveInt = 1000
     scale: float = 1.0
     coefficient_span: PositiveInt = 10

@@ -44,7 +44,7 @@ class VeRA(Delta):
     their cost. Source: arXiv 2310.11454.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"components", "quantized"})
+    gives: ClassVar[frozenset[str]] = frozenset({"components"})
     rank: PositiveInt = 256
     d_initial: float = 0.1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -24,7 +24,6 @@ __all__ = ["BROKEN", "Sound"]
 class Sound(Delta):
     """W' = W + B A, rank 2, B at 0."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized"})
     sites: str | list[str] = "linear"
 
     def tensors(self, site: Site) -> dict[str, P]:

@@ -116,6 +116,7 @@ def ours(row: Row, model: Any, keep: contextlib.ExitStack) -> tuple[Callable[[],
     from tunewise.core.method import read_recipe
     from tunewise.core.run import Run
     from tunewise.data import Columns
+    from tunewise.delta.half_attention import HalfAttention
     from tunewise.delta.lean import lean
     from tunewise.head import ClassHead, LMHead
     from tunewise.objective.task_loss import TaskLoss
@@ -132,6 +133,8 @@ def ours(row: Row, model: Any, keep: contextlib.ExitStack) -> tuple[Callable[[],
     if encoder:
         return lambda: model(**inputs).loss, trained
     keep.enter_context(lean(model))
+    if row.half:
+        keep.enter_context(HalfAttention())
     labels = inputs.pop("labels")
     labels[:, 0] = -100
     units = (labels != -100).sum(1).float()

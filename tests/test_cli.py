@@ -87,6 +87,10 @@ def finished(tmp_path: Path) -> str:
             "tune m d --r 8 --method lora",
             'tune has no option "--r"; it belongs to the method: --method "lora(rank=...)".',
         ),
+        (
+            "tune m d --n-frequency 8 --method fourierft",
+            'tune has no option "--n-frequency"; it belongs to the method: --method "fourierft(frequencies=...)".',
+        ),
         ("tune m d --lr x --method lora", 'tune: --lr takes a number, not "x".'),
         ("tune m d --steps 2.5 --method lora", 'tune: --steps takes a whole number, not "2.5".'),
         ("tune m d extra --method lora", 'tune takes no argument "extra"; see its --help.'),

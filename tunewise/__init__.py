@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunewise.core.recipe import Recipe
     from tunewise.inference.mixed import rows
     from tunewise.init.calibrate import calibrate
+    from tunewise.interop.peft import read_peft, write_peft
     from tunewise.post.mix import mix
     from tunewise.study.compare import compare
     from tunewise.study.study import Study
@@ -49,9 +50,11 @@ __all__ = [
     "methods",
     "mix",
     "predict",
+    "read_peft",
     "restore",
     "rows",
     "tune",
+    "write_peft",
 ]
 
 __version__ = "0.1.0"
@@ -74,9 +77,11 @@ _HOME = {
     "method": "core.method",
     "mix": "post.mix",
     "predict": "tune",
+    "read_peft": "interop.peft",
     "restore": "core.handle",
     "rows": "inference.mixed",
     "tune": "tune",
+    "write_peft": "interop.peft",
 }
 
 

@@ -96,14 +96,16 @@ def _sentence(error: cyclopts.CycloptsError, tokens: Sequence[str]) -> str:
 
 def _near_option(given: str, chain: Sequence[str]) -> str:
     from tunewise.core.errors import did_you_mean
-    from tunewise.core.method import PEFT_SPELLINGS
+    from tunewise.core.method import PEFT_SPELLINGS, get_method, method_names
 
     plain = given.lstrip("-").replace("-", "_")
     ours = PEFT_SPELLINGS.get(plain, "")
     if ours.startswith("--"):
         return f"; here it is called {ours}."
     if ours:
-        return f'; it belongs to the method: --method "lora({ours}=...)".'
+        names = sorted(method_names(), key=lambda name: (name not in plain, name != "lora"))
+        owner = next(name for name in names if ours in get_method(name).signature.parameters)
+        return f'; it belongs to the method: --method "{owner}({ours}=...)".'
     return did_you_mean(given, _options(chain))
 
 

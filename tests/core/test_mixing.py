@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import tunewise as tw
+from tests.core.toy_deltas import Dense, Started, Stretch
 from tests.models import tiny, tiny_batch
-from tunewise.core.delta import Delta, P
 from tunewise.core.forward import forward_of
 from tunewise.core.plans import rebuild
-from tunewise.sites import Site
 
 
 def moved(model: nn.Module, method: Any, name: str, seed: int = 1) -> tw.Handle:
@@ -31,27 +30,6 @@ def logits(model: Any, name: str = "llama") -> Tensor:
     return model(**tiny_batch(name)).logits  # type: ignore[no-any-return]
 
 
-class Dense(Delta):
-    """W' = W + D, D dense: an additive change without a thin form."""
-
-    sites: str | list[str] = "query"
-
-    def tensors(self, site: Site) -> dict[str, P]:
-        return {"D": P(torch.zeros(site.out_features or 0, site.in_features or 0))}
-
-    def weight(self, t: Any, W: Tensor) -> Tensor:
-        return W + t.D
-
-
-class Stretch(Dense):
-    """W' = W * (1 + D): its change depends on what it changes."""
-
-    order: ClassVar[str] = "multiply"
-
-    def weight(self, t: Any, W: Tensor) -> Tensor:
-        return W * (1 + t.D)
-
-
 class Cut(Dense):
     """W' = W where D > 0."""
 
@@ -59,14 +37,6 @@ class Cut(Dense):
 
     def weight(self, t: Any, W: Tensor) -> Tensor:
         return W * (t.D > 0)
-
-
-class Started(Dense):
-    """Its start takes a tenth of the base weight away."""
-
-    def attached(self, adaptation: Any) -> None:
-        for _, site, _ in adaptation.sites:
-            adaptation.commit(site, -0.1 * site.module.weight)
 
 
 ADDITIVE = ["lora(rank=2)", "lora(rank=2, sites='linear | embedding')", Dense(), "ladder"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tunewise as tw
+from tests.core.toy_deltas import Dense, Stretch
 from tests.models import tiny, tiny_batch
-from tunewise.core.delta import Delta, P
+from tunewise.core.delta import P
 from tunewise.sites import Site, is_quantized, read_weight
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -79,27 +80,6 @@ def moved(model: nn.Module, method: Any, name: str = "default", seed: int = 1) -
     return handle
 
 
-class Dense(Delta):
-    """W' = W + D: no thin form."""
-
-    sites: str | list[str] = "query | down"
-
-    def tensors(self, site: Site) -> dict[str, P]:
-        return {"D": P(torch.zeros(site.out_features or 0, site.in_features or 0))}
-
-    def weight(self, t: Any, W: Tensor) -> Tensor:
-        return W + t.D
-
-
-class Stretch(Dense):
-    """W' = W * (1 + D): reads W."""
-
-    order: ClassVar[str] = "multiply"
-
-    def weight(self, t: Any, W: Tensor) -> Tensor:
-        return W * (1 + t.D)
-
-
 class Norms(Dense):
     """W' = W diag(m / |W_0|): m starts at the norms of the columns, read off the weight as anyone would."""
 
@@ -141,9 +121,9 @@ def test_lora_on_codes_starts_at_the_base_learns_and_is_not_merged(kind: str) ->
 
 METHODS = [
     "lora(rank=2)",
-    Dense(),
-    Stretch(),
-    Norms(),
+    Dense("query | down"),
+    Stretch("query | down"),
+    Norms("query | down"),
     "series_adapter(sites='down')",
     "parallel_adapter",
     "bias_scale",
@@ -169,7 +149,7 @@ def test_answers_are_those_of_the_real_numbers(kind: str, method: Any) -> None:
 def test_a_dense_change_of_nothing_is_the_layers_own_product(kind: str) -> None:
     model = quantized(kind)
     before = logits(model)
-    handle = tw.attach(model, Dense())
+    handle = tw.attach(model, Dense("query | down"))
     assert torch.equal(logits(model), before)
     (model(**tiny_batch("llama")).logits * torch.arange(99.0)).sum().backward()
     assert all(bool(p.grad.any()) for p in handle.parameters())  # type: ignore[union-attr]
@@ -193,7 +173,7 @@ def gap(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm())
 
 
-@pytest.mark.parametrize("method", ["lora(rank=2)", Dense()], ids=str)
+@pytest.mark.parametrize("method", ["lora(rank=2)", Dense("query | down")], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_into_codes_reports_its_error_and_is_undone(kind: str, method: Any) -> None:
     model = quantized(kind)
@@ -285,7 +265,7 @@ def test_mixes_and_rows_work_beside_codes(kind: str) -> None:
     model = quantized(kind)
     plain, batch = real(model), tiny_batch("llama", size=3)
     for one in (model, plain):
-        for seed, (name, method) in enumerate({"a": "lora(rank=2)", "b": Dense()}.items()):
+        for seed, (name, method) in enumerate({"a": "lora(rank=2)", "b": Dense("query | down")}.items()):
             moved(one, method, name, seed)
         tw.mix(one, {"a": 0.5, "b": -0.5})
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-5)

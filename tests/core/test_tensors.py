@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tunewise.core.errors import UserError
+from tunewise.core.handle import attach
 from tunewise.core.method import get_method
 from tunewise.core.part import Part
 from tunewise.core.recipe import Recipe
@@ -199,6 +200,37 @@ def test_base_weights_that_move_in_mid_run_are_part_of_the_checkpoint(tmp_path: 
     assert all(
         torch.equal(a, b) for a, b in zip(cut.model.parameters(), base.model.parameters(), strict=True)
     )
+
+
+def test_base_weights_that_were_written_go_and_come_with_the_adaptation() -> None:
+    run = start(run_of(Recipe(delta=LoRA(2), allocate=Commit())))
+    handle, batch = run.handle, run.collate(next(run.batches("valid", 4)))
+    run.model.eval()
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return run.model(**batch.inputs).logits  # type: ignore[no-any-return]
+
+    tuned, saved, base = logits(), {n: v.clone() for n, v in handle.state().items()}, run_of("lora")
+    base.handle.detach()
+    with torch.no_grad():
+        untouched = base.model.eval()(**batch.inputs).logits
+    assert not torch.equal(tuned, untouched)
+    with handle.disabled():
+        assert torch.equal(logits(), untouched)
+        assert all(torch.equal(saved[n], v) for n, v in handle.state().items())
+        site = handle.sites[0][1]
+        with pytest.raises(UserError, match=f"is switched off, so it cannot write {site.name}.weight"):
+            handle.commit(site, torch.ones(1))
+        other = attach(run.model, Recipe(delta=LoRA(2, sites=site.name)), name="other")
+        other.commit(other.sites[0][1], torch.ones(other.sites[0][1].module.weight.shape))
+        other.deactivate()
+        assert torch.equal(logits(), untouched)
+    assert torch.equal(logits(), tuned)
+    with pytest.raises(UserError, match=f"{site.name}.weight is written by another active"):
+        other.activate(only=False)
+    handle.detach()
+    assert torch.equal(logits(), untouched)
 
 
 def tagged(**options: Any) -> dict[str, Any]:

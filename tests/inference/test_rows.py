@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tunewise as tw
+from tests.core.toy_deltas import Dense, Started
 from tests.models import tiny, tiny_batch
 from tunewise.core.delta import Delta, P
 from tunewise.core.forward import forward_of
@@ -17,26 +18,6 @@ from tunewise.sites import Site
 
 NAMES = ["a", "b", None, "a"]
 ALONE = ["a", None, None, "a"]
-
-
-class Dense(Delta):
-    """W' = W + D: without a thin form."""
-
-    sites: str | list[str] = "query | output"
-
-    def tensors(self, site: Site) -> dict[str, P]:
-        return {"D": P(torch.zeros(site.out_features or 0, site.in_features or 0))}
-
-    def weight(self, t: Any, W: Tensor) -> Tensor:
-        return W + t.D
-
-
-class Started(Dense):
-    """Its start changes the base."""
-
-    def attached(self, adaptation: Any) -> None:
-        for _, site, _ in adaptation.sites:
-            adaptation.commit(site, -0.1 * site.module.weight)
 
 
 class Wider(Dense):
@@ -100,14 +81,14 @@ CASES = [
     ("bert", "lora(rank=2)", "series_adapter"),
     ("bert", "lora(rank=2, sites='linear & ~head') + ClassHead()", "parallel_adapter + ClassHead()"),
     ("bert", "ladder", "lora(rank=2)"),
-    ("bert", "bias_scale", Dense()),
+    ("bert", "bias_scale", Dense("query | output")),
     ("llama", "lora(rank=2)", "lora(rank=2, sites='linear | embedding')"),
-    ("llama", "lora(rank=2)", Dense()),
+    ("llama", "lora(rank=2)", Dense("query | output")),
     ("llama", "full", "series_adapter(sites='attention | mlp')"),
     ("llama", Wider(), "ladder"),
     ("gpt2", "lora(rank=2, sites='query | down')", "lora(rank=2)"),
     ("t5", "lora(rank=2)", "parallel_adapter"),
-    ("bart", "lora(rank=2)", Dense()),
+    ("bart", "lora(rank=2)", Dense("query | output")),
     ("deberta", "lora(rank=2, sites='value | output')", Dense("value")),
     ("vit", "lora(rank=2)", "series_adapter"),
 ]
@@ -175,7 +156,7 @@ def test_the_base_product_of_low_rank_rows_is_computed_once(monkeypatch: pytest.
 def test_generate_answers_each_row_with_its_adaptation(name: str, options: dict[str, Any]) -> None:
     model: Any = tiny(name)
     moved(model, "lora(rank=2, sites='linear')", "a", 1)
-    moved(model, Dense(), "b", 2)
+    moved(model, Dense("query | output"), "b", 2)
     batch = batch_of(name)
     batch.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
@@ -276,7 +257,7 @@ def test_names_are_checked() -> None:
     [
         ("llama", "prompt_tuning(tokens=2)", "SoftPrompt adds positions to all rows"),
         ("llama", "prefix_tuning(tokens=2)", "Prefix adds positions to all rows"),
-        ("llama", Started(), "its start changed .*q_proj.weight of the base"),
+        ("llama", Started("query | output"), "its start changed .*q_proj.weight of the base"),
         ("mixtral", "lora(rank=2, sites='experts')", "sees tokens that a router has sorted"),
         ("t5", "lora(rank=2, sites='embedding')", "looks up positions, not rows"),
         ("gpt2", "full", "it trains transformer.wpe.weight, which belongs to no layer"),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tunewise as tw
 from tests.models import tiny, tiny_batch
 from tunewise.core.errors import UserError
 from tunewise.core.forward import forward_of
@@ -318,3 +319,10 @@ def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     expected = model(x)
     theirs = peft.PeftModel.from_pretrained(other, tmp_path).eval()
     torch.testing.assert_close(theirs(x), expected)
+
+
+def test_restore_says_that_a_folder_is_pefts(tmp_path: Path) -> None:
+    write_peft(attach(tiny("llama"), "lora(rank=2)"), tmp_path)
+    with pytest.raises(UserError, match="It is a PEFT checkpoint: tw.read_peft attaches it"):
+        tw.restore(tiny("llama"), tmp_path)
+    assert tw.read_peft(tiny("llama"), tmp_path).trainable

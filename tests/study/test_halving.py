@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -132,6 +133,21 @@ def test_every_method_gets_the_same() -> None:
     assert repeated and {(t.start, t.steps) for t in repeated} == {(0, final[0].steps)}
     best = plan.outcome(rows).standings[:3]
     assert sum(set(s.scores) == {0, 1, 2} for s in best) >= 2
+
+
+def test_the_method_that_others_are_tested_against_has_its_seeds_whatever_its_rank() -> None:
+    for name in ("m1", "m4"):
+        seeds = {}
+        for seeded in (False, True):
+            world = World(3, 9)
+            world.arms = [replace(arm, keep=arm.method == name) for arm in world.arms]
+            world.arms = [replace(arm, seeded=seeded and arm.method == name) for arm in world.arms]
+            world.facts[name] = (0.5, *world.facts[name][1:])  # the worst of all
+            plan = Plan(world.arms, budget=900.0, rows=3200, seeds=2)
+            trials, _ = play(plan, world)
+            first = [t.method for t in trials if t.rung == plan.last and t.seed == 1][:4]
+            seeds[seeded] = name in first
+        assert seeds == {False: False, True: True}
 
 
 def test_a_failed_configuration_is_out_and_the_next_one_takes_its_place() -> None:

@@ -54,6 +54,7 @@ class Adaptation:
         self.existing: dict[str, Existing] = {}
         self.owned: dict[str, SiteDelta] = {}
         self.committed: dict[str, tuple[Tensor, Tensor]] = {}
+        self.away = False
         self.moved: dict[str, Tensor] = {}
         self.built = False
         self.merged: dict[str, Tensor] | None = None
@@ -143,6 +144,8 @@ class Adaptation:
         self.active = on
 
     def _swap(self, on: bool) -> None:
+        if on:
+            self._refuse_written_twice()
         for name, e in self.existing.items():
             new, old = (e.ours, e.original) if on else (e.original, e.ours)
             if (new.dtype, new.device) != (old.dtype, old.device):  # the model was cast or moved meanwhile
@@ -153,6 +156,19 @@ class Adaptation:
                 )
             for module, parameter in e.places:
                 module._parameters[parameter] = new
+        for weight, other in self.committed.values():
+            weight.data, other.data = other.data.to(weight.device, weight.dtype), weight.data
+        self.away = not on
+
+    def _refuse_written_twice(self) -> None:
+        active = [h for h in handles(self.model).values() if h.active and h is not self]
+        for name in self.committed:
+            if any(name in h.committed for h in active):
+                raise UserError(f"{name} is written by another active adaptation too; switch that off first.")
+
+    def commits(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{name: (as written, as it was)} of the base tensors that this adaptation has written."""
+        return {n: pair[::-1] if self.away else pair for n, pair in self.committed.items()}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -218,8 +234,13 @@ class Adaptation:
             place[0]._parameters[place[1]] = new
 
     def commit(self, site: Site, change: Tensor) -> None:
-        """W <- W + change, `[out, in]`: the only way a base tensor is written; `detach` undoes it bit by bit."""
+        """W <- W + change, `[out, in]`: the only way a base tensor is written.
+
+        Bit by bit, `detach` undoes it, `deactivate` takes it away and `activate` brings it back.
+        """
         name = site.name if site.parameter else f"{site.name}.weight"
+        if not self.active:
+            raise UserError(f'The adaptation "{self.name}" is switched off, so it cannot write {name}.')
         weight = site.module.get_parameter(site.parameter or "weight")
         if is_quantized(site.module):
             raise UserError(f"{site.name} is quantized: its weight cannot take a change without loss.")
@@ -250,9 +271,6 @@ class Adaptation:
         if self.merged is not None:
             raise UserError(f'The adaptation "{self.name}" is merged into the model; unmerge it first.')
         self.deactivate()
-        with torch.no_grad():
-            for weight, original in self.committed.values():
-                weight.copy_(original)
         self._take_away()
         del handles(self.model)[self.name]
         rebuild(self.model)

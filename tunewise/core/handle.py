@@ -50,7 +50,8 @@ class Handle(Adaptation):
         """name -> tensor, trained and frozen ones, detached but not copied."""
         found = {n: i.tensor.detach() for n, i in self.tensors().items()}
         found |= {n: b.detach() for n, b in self.buffers().items()}
-        return found | {f"commit.{n}": self.committed[n][0].detach() for n in self.moved}
+        commits = self.commits()
+        return found | {f"commit.{n}": commits[n][0].detach() for n in self.moved}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts saved tensors in place, also where their sizes have changed since. Names must agree exactly."""
@@ -95,7 +96,7 @@ class Handle(Adaptation):
             self.committed.setdefault(name, (weight, weight.detach().clone()))
             self.moved[name] = weight.detach().clone()
         for name, before in self.moved.items():
-            self.committed[name][0].copy_(values.get(name, before))
+            self.commits()[name][0].copy_(values.get(name, before))
 
     def materialize(self, site: str | None = None) -> dict[str, Tensor]:
         """{site: W' - W}, `[out, in]`; raises `UserError` if the adaptation is not mergeable."""
@@ -166,7 +167,7 @@ class Handle(Adaptation):
         if (self.run is not None or trained) and lifecycle.unfired():
             raise UserError(str(lifecycle.unfired()))
         state = {n: v.cpu().contiguous() for n, v in self.state().items()}
-        state |= {f"commit.{n}": w.detach().cpu().contiguous() for n, (w, _) in self.committed.items()}
+        state |= {f"commit.{n}": w.detach().cpu().contiguous() for n, (w, _) in self.commits().items()}
         part = folder / ".adaptation.safetensors.part"
         save_file(state, part, metadata={"format": "pt"})
         part.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
@@ -304,7 +305,9 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         folder = folder / "adaptation"
     file = folder / "adaptation.json"
     if not file.is_file():
-        raise UserError(f"{directory} holds no adaptation: {file.name} is missing.")
+        pefts = (folder / "adapter_config.json").is_file()
+        other = " It is a PEFT checkpoint: tw.read_peft attaches it." if pefts else ""
+        raise UserError(f"{directory} holds no adaptation: {file.name} is missing.{other}")
     described = json.loads(file.read_text(encoding="utf-8"))
     if described.get("format") != FORMAT:
         raise UserError(f"{file} has format {described.get('format')}; this version reads {FORMAT}.")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tunewise.sites import Site
@@ -25,16 +24,7 @@ class Signals:
     @contextmanager
     def activations(self, sites: list[Site], hear: Callable[[Site, Tensor, Tensor], None]) -> Iterator[None]:
         """`hear(site, x, y)`: detached input and output at every call of every site."""
-
-        def hook(site: Site) -> Callable[..., None]:
-            def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-                x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-                hear(site, x.detach(), (y[0] if isinstance(y, tuple) else y).detach())
-
-            return call
-
-        hooks = [s.module.register_forward_hook(hook(s), with_kwargs=True) for s in sites]
-        with self._count(hooks):
+        with self._hooks(sites, lambda site, x, y: hear(site, x, y.detach())):
             yield
 
     @contextmanager
@@ -43,17 +33,11 @@ class Signals:
     ) -> Iterator[None]:
         """`hear(site, x, dL/dy)` in the backward pass; x is kept for that time."""
 
-        def hook(site: Site) -> Callable[..., None]:
-            def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-                x = (args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))).detach()
-                out = y[0] if isinstance(y, tuple) else y
-                if out.requires_grad:
-                    out.register_hook(lambda g: hear(site, x, g.detach()))
+        def called(site: Site, x: Tensor, y: Any) -> None:
+            if y.requires_grad:
+                y.register_hook(lambda g: hear(site, x, g.detach()))
 
-            return call
-
-        hooks = [s.module.register_forward_hook(hook(s), with_kwargs=True) for s in sites]
-        with self._count(hooks):
+        with self._hooks(sites, called):
             yield
 
     @contextmanager
@@ -67,11 +51,19 @@ class Signals:
             yield
 
     @contextmanager
-    def _count(self, hooks: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    def _hooks(self, sites: list[Site], called: Callable[[Site, Tensor, Tensor], None]) -> Iterator[None]:
+        def hook(site: Site) -> Callable[..., None]:
+            def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+                x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+                called(site, x.detach(), y[0] if isinstance(y, tuple) else y)
+
+            return call
+
+        hooks = [s.module.register_forward_hook(hook(s), with_kwargs=True) for s in sites]
         self.listening += len(hooks)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for one in hooks:
+                one.remove()
             self.listening -= len(hooks)

@@ -221,7 +221,7 @@ def _changes(handle: Handle) -> tuple[Changes, Components, dict[str, Tensor]]:
         else:
             _existing(handle, key, sites, names, changes, trained)
     written: dict[str, tuple[Tensor, Tensor] | None] = {}
-    for name, (weight, original) in handle.committed.items():
+    for name, (weight, original) in handle.commits().items():
         site = sites[name.removesuffix(".weight")]
         change = (weight.detach() - original).float()
         change = change.T if keeps_in_out(site) else change

@@ -12,6 +12,7 @@ from tunewise.core.checkpoint import latest, load_tree, save_tree
 from tunewise.core.errors import RunError
 from tunewise.core.part import Part
 from tunewise.core.run import Run
+from tunewise.delta.half_attention import half_attention
 from tunewise.delta.lean import lean_layers
 
 from .evaluate import evaluate
@@ -41,7 +42,7 @@ class Single(Part):
         self._prepare(run, optimizer)
         run.total_steps = total  # more than when the checkpoint was written, where a run is made longer
         every = max(1, math.ceil(run.total_steps / settings.evaluations)) if settings.evaluations else 0
-        with lean_layers(run):
+        with lean_layers(run), half_attention(run):
             while run.step < run.total_steps and not run.extra.get("stopped"):
                 self._one_step(run, optimizer, stream, accelerator)
                 look = bool(every) and (run.step % every == 0 or run.step == run.total_steps)

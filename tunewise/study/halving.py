@@ -27,6 +27,7 @@ class Arm:
     step      seconds per optimizer step
     overhead  seconds per trial beside its steps: attaching, validation, the checkpoint
     keep      trained to the end whatever its rank: baselines, and the method that others are tested against
+    seeded    gets further seeds whatever its rank: the method that others are tested against
     """
 
     method: str
@@ -34,6 +35,7 @@ class Arm:
     step: float
     overhead: float = 0.0
     keep: bool = False
+    seeded: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Plan:
       objective of the study, measured beside the quality, and would give a cheap method its advantage twice,
       by an amount that depends on the machine.
     - The last rung trains one configuration of the best `finished` methods (and of those with `keep`) to S
-      steps. The best 1 / eta of them get `seeds` seeds of S steps from the start; what time is left goes to
-      seeds of the next ones, then to more seeds of the best.
+      steps. The best 1 / eta of them (and those with `seeded`) get `seeds` seeds of S steps from the start; what
+      time is left goes to seeds of the next ones, then to more seeds of the best.
     - S is what the budget allows. Before each rung it is found anew from the speeds measured until then.
       A further rate is tried only if all methods can have it and the later rungs can still be paid for.
 

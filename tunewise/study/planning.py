@@ -10,6 +10,7 @@ from tunewise.prepare import Data
 from tunewise.study.budget import Clock
 from tunewise.study.conduct import Conductor
 from tunewise.study.halving import Arm, Plan
+from tunewise.study.judge.paired import FIXED
 from tunewise.study.portfolio import BASELINES, UNKNOWN_PRIOR, prior
 from tunewise.study.schedule import Fixed, Schedule
 from tunewise.study.setup import Setup
@@ -17,7 +18,7 @@ from tunewise.study.store import Store
 
 __all__ = ["KEPT", "conductor_of", "halving_plan"]
 
-KEPT = ("lora", "full")
+KEPT = (FIXED, "full")
 """Trained to the end whatever their rank: what everyone uses, and what everyone compares with."""
 
 
@@ -30,7 +31,7 @@ def halving_plan(setup: Setup, rows: Data, clock: Clock, seeds: int, seed: int) 
         known = (prior(setup.recipe(name)) or UNKNOWN_PRIOR) if s["steps"] else ()
         look = s["row"] * valid
         over = s["solve"] + look + setup.LEAST if not s["steps"] else 2 * look + setup.LEAST
-        arms.append(Arm(name, known, s["step"], over, keep=name in KEPT))
+        arms.append(Arm(name, known, s["step"], over, keep=name in KEPT, seeded=name == FIXED))
     waiting = setup.waiting(BASELINES.get(rows.task.name, ()))
     trained = sum(1 for arm in arms if arm.prior)
     finalists = min(trained, 8)

@@ -290,9 +290,11 @@ class Replay:
         what time is left, unless the length was capped and everything is finished.
         """
         plan, ranked = self.plan, self._good(last)
-        final = ranked[: math.ceil(len(ranked) / plan.eta)]
+        best = math.ceil(len(ranked) / plan.eta)
+        seeded = {arm.method for arm in plan.trained if arm.seeded}
+        final = [t for place, t in enumerate(ranked) if place < best or t.method in seeded]
         pairs = [(t, seed) for seed in range(1, plan.seeds) for t in final]
-        pairs += [(t, seed) for t in ranked[len(final) :] for seed in range(1, plan.seeds)]
+        pairs += [(t, seed) for t in ranked if t not in final for seed in range(1, plan.seeds)]
         if plan.seeds > 1 and final and final[0].steps < plan.most_steps:
             pairs += [(t, seed) for seed in range(plan.seeds, 3 * plan.seeds) for t in final]
         return [self._trial(t.method, t.lr, last, t.steps, seed) for t, seed in pairs]

@@ -108,6 +108,27 @@ def test_a_paired_test_decides_what_noise_is() -> None:
     assert told.row is LORA
 
 
+def test_a_lead_that_rests_on_one_seed_yields_to_what_it_cannot_be_told_apart_from() -> None:
+    def seeds(row: dict[str, Any], count: int) -> dict[str, Any]:
+        return {**row, "seeds": count, "lr": 1e-3}
+
+    full, lora, bias = seeds(FULL, 1), seeds(LORA, 2), seeds(BIAS, 3)
+    found = choose([full, lora, bias], "quality")
+    assert found.row is lora
+    assert found.sentence == (
+        "lora has the highest accuracy of those whose lead does not rest on one seed: 0.845; full has 0.850."
+    )
+    assert choose([full, lora, bias], "quality within 1%, then memory").row is bias
+    assert choose([full, lora, bias], "size within 10%, then quality").row is bias
+    assert choose([full, lora, bias], "memory").row is bias
+    assert (
+        choose([full, lora, bias], "quality", same=lambda row, best: False).row is full
+    )  # told apart: no luck
+    assert choose([seeds(FULL, 2), seeds(LORA, 3)], "quality").row["method"] == "full"
+    assert choose([full, seeds(LORA, 1)], "quality").row is full
+    assert choose([{**full, "lr": None}, lora], "quality").row["method"] == "full"  # no seed changes it
+
+
 def test_lower_can_be_better() -> None:
     rows = [
         {"method": "a", "rmse": 2.00, "seconds": 9.0},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tunewise.core.errors import UserError
+from tunewise.study.judge.sentences import verdict
 from tunewise.study.judge.statistics import (
     Comparison,
     Difference,
@@ -20,7 +21,6 @@ from tunewise.study.judge.statistics import (
     mcnemar,
     paired_difference,
     rows_needed,
-    verdict,
 )
 from tunewise.task.metrics import bootstrap, confusion, confusion_scores, wilson
 

@@ -26,7 +26,7 @@ from tunewise.study.judge.measured import (
 from tunewise.study.judge.paired import TESTED, PairedTests, scores_of
 from tunewise.study.judge.prefer import Choice, choose, parse_prefer
 from tunewise.study.judge.row_scores import TestRows
-from tunewise.study.judge.statistics import verdict
+from tunewise.study.judge.sentences import verdict
 from tunewise.study.report.cells import score as written
 from tunewise.study.schedule import MEASURE
 from tunewise.study.store import Store

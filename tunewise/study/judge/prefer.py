@@ -92,6 +92,8 @@ def choose(
     passed over, which `notes` say. `same(row, best)` says for "within the noise" whether two rows cannot be told
     apart; without it the interval of the best (`<metric>_low`, `_high`) decides.
     A word alone means just that: "size" takes the smallest row, however bad; the sentence says what it costs.
+    By quality, a lead that rests on one seed yields to the best of the rows with several seeds that cannot be
+    told apart from it: the best of many single seeds is mostly luck.
     Raises `UserError` where no row is left, and for points of a metric that is not between 0 and 1.
     """
     wanted = parse_prefer(prefer) if isinstance(prefer, str) else prefer
@@ -101,6 +103,9 @@ def choose(
     left, notes = _measured(rows, asked)
     top = min(left, key=lambda row: _cost(row, goal))
     passed: list[str] = []
+    if wanted.terms[0].word == QUALITY and (sure := _surer(left, top, goal, same)):
+        left = sure
+        passed.append("whose lead does not rest on one seed")
     for term in wanted.terms:
         before = len(left)
         left = _near(left, named[term.word], term, same)
@@ -150,6 +155,23 @@ def _measured(rows: Sequence[Row], asked: Sequence[Objective]) -> tuple[list[Row
     return left, notes
 
 
+def _surer(rows: Sequence[Row], top: Row, k: Objective, same: Same | None) -> list[Row]:
+    """The rows without those of one seed that lead the best of several seeds; empty where that changes nothing."""
+    if not _lone(top):
+        return []
+    several = [row for row in rows if not _lone(row) and row.get("seeds", 1) > 1]
+    rivals = [r for r in several if (as_good(r, top, k) if same is None else same(r, top))]
+    if not rivals:
+        return []
+    best = min(_cost(row, k) for row in rivals)
+    return [row for row in rows if not _lone(row) or _cost(row, k) >= best]
+
+
+def _lone(row: Row) -> bool:
+    """Whether another seed would give another score, and there is one only."""
+    return row.get("seeds") == 1 and row.get("lr") is not None
+
+
 def _near(rows: Sequence[Row], k: Objective, term: Term, same: Same | None) -> list[Row]:
     best = min(rows, key=lambda row: _cost(row, k))
     value = known(best, k)
@@ -191,6 +213,8 @@ def _sentence(
     assert value is not None and best is not None and shown is not None
     among = f" of those {', then '.join(passed)}" if passed else ""
     said = f"{row.get('method')} has the {extreme} {last.noun}{among}: {last.show(shown)}"
+    if last is goal and row is not top:
+        return f"{said}; {top.get('method')} has {goal.show(best)}."
     if row is top:
         return f"{said}." if last is goal else f"{said}; its {goal.noun} is the best, {goal.show(value)}."
     return (

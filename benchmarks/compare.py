@@ -4,6 +4,7 @@
     python benchmarks/compare.py reviews reference            # every rate of every method to the end, three seeds
     python benchmarks/compare.py reviews summary              # writes benchmarks/results/compare_reviews.json
     (the same with `peptides`)
+    python benchmarks/compare.py reviews twelve               # twelve other methods; writes compare_twelve.json
 
 Everything is resumable: studies stand in the folder --work, and the same command goes on where it was stopped.
 """
@@ -22,6 +23,7 @@ import tunewise as tw
 from tunewise.core.checkpoint import write_json
 from tunewise.core.method import read_recipe
 from tunewise.machine import environment
+from tunewise.study.judge.findings import findings
 from tunewise.study.judge.row_scores import TestRows
 from tunewise.study.judge.statistics import best_of, interval, paired_difference
 from tunewise.study.portfolio import prior, rates, read_methods
@@ -34,6 +36,21 @@ CASES: dict[str, dict[str, Any]] = {
     "reviews": {"model": "minilm", "budget": "30m", "steps": 189},
     "peptides": {"model": "tiny-roberta", "budget": "10m", "steps": 329},
 }
+TWELVE = (
+    "lora_plus",
+    "dora",
+    "pissa",
+    "eva",
+    "miss",
+    "nola",
+    "fourierft",
+    "loca",
+    "bitfit",
+    "difffit",
+    "lift",
+)
+TWELVE += ("sara",)
+"""One of each kind in the catalog: low-rank, spectral, sparse, the model's own parameters."""
 DEFAULT = "lora(rank=8)"
 """LoRA again, under another name, at its default rate."""
 LONG = "24h"
@@ -75,6 +92,36 @@ def reference(case: dict[str, Any], data: str, work: Path) -> None:
     tw.compare(case["model"], data, trials=more, budget=LONG, out=work / f"{data}-seeds", say=print)
 
 
+def twelve(case: dict[str, Any], data: str, work: Path, budget: str) -> dict[str, Any]:
+    """A study of `TWELVE` beside LoRA and the baselines, and its rows."""
+    names = ["lora", "linear_probe", *TWELVE]
+    study = tw.compare(
+        case["model"], data, methods=names, budget=budget, out=work / f"{data}-twelve", say=print
+    )
+    costs = ("trainable", "seconds", "peak_memory_mb", "size_mb")
+    keys = (
+        "method",
+        "kind",
+        "lr",
+        "seeds",
+        "steps",
+        METRIC,
+        f"{METRIC}_low",
+        f"{METRIC}_high",
+        *costs,
+        "front",
+    )
+    return {
+        "model": case["model"],
+        "data": data,
+        "budget": budget,
+        "environment": environment(),
+        "decision": study.decision,
+        "failed": study.findings["failed"],
+        "rows": [{key: row.get(key) for key in keys} for row in study.findings["rows"]],
+    }
+
+
 def scores(folders: list[Path]) -> dict[str, np.ndarray]:
     """method -> right or wrong `[seeds, rows]` of everything that the studies measured on the test rows."""
     found: dict[str, list[np.ndarray]] = {}
@@ -107,18 +154,19 @@ def one_repeat(folder: Path, long: dict[str, np.ndarray], default: np.ndarray | 
     """How one study within the budget ended."""
     from scipy.stats import kendalltau
 
-    study, own = tw.Study(folder), scores([folder])
-    chosen = study.findings["choice"]["method"]
-    tuned = [r for r in study.findings["rows"] if r["kind"] == "tuned" and r.get(METRIC) is not None]
+    with Store.read(folder) as store:  # judged by this version: a decision is a function of the stored rows
+        found = findings(store)
+    own, chosen = scores([folder]), found["choice"]["method"]
+    tuned = [r for r in found["rows"] if r["kind"] == "tuned" and r.get(METRIC) is not None]
     value = interval(own[chosen])
     made: dict[str, Any] = {
         "wall_seconds": json.loads((folder / "done.json").read_text())["wall"],
-        "budget_seconds": study.findings["spent"]["budget"],
+        "budget_seconds": found["spent"]["budget"],
         "methods_finished": len(tuned),
         "chosen": chosen,
         "accuracy": [value.value, value.low, value.high],
         "rows": [{k: r.get(k) for k in ("method", "lr", "seeds", METRIC, "steps")} for r in tuned],
-        "decision": study.decision,
+        "decision": found["decision"],
     }
     if default is None:
         return made
@@ -138,8 +186,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", choices=CASES)
-    parser.add_argument("part", choices=("repeat", "reference", "summary"))
+    parser.add_argument("part", choices=("repeat", "reference", "summary", "twelve"))
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--budget", default="30m", help="of the twelve")
     parser.add_argument("--work", type=Path, default=Path("studies"))
     options = parser.parse_args()
     case = CASES[options.data]
@@ -148,8 +197,10 @@ def main() -> None:
     elif options.part == "reference":
         reference(case, options.data, options.work)
     else:
-        found = summary(case, options.data, options.work)
-        write_json(RESULTS / f"compare_{options.data}.json", found)
+        few = options.part == "twelve"
+        part = (case, options.data, options.work)
+        found = twelve(*part, options.budget) if few else summary(*part)
+        write_json(RESULTS / f"compare_{'twelve' if few else options.data}.json", found)
         print(json.dumps(found, indent=1))
 
 

@@ -133,14 +133,19 @@ def ours(row: Row, model: Any, keep: contextlib.ExitStack) -> tuple[Callable[[],
     if encoder:
         return lambda: model(**inputs).loss, trained
     keep.enter_context(lean(model))
-    if row.half:
-        keep.enter_context(HalfAttention())
     labels = inputs.pop("labels")
     labels[:, 0] = -100
     units = (labels != -100).sum(1).float()
     one = Batch(inputs, labels, [str(i) for i in range(len(labels))], units)
     run = Run(handle, task=make_task("causal", Columns(("text",), None, "causal")))
-    return lambda: run.loss(one, float(units.sum())), trained
+
+    def loss() -> Any:
+        with (
+            HalfAttention() if row.half else contextlib.nullcontext()
+        ):  # as the loop does; not for the other side
+            return run.loss(one, float(units.sum()))
+
+    return loss, trained
 
 
 @contextlib.contextmanager

@@ -48,6 +48,9 @@ def _lora(model: str, method: str, time: float, memory: float, half: bool = Fals
     return Row(model, method, "LoraConfig", {**LORA, **options}, time, memory, half)
 
 
+DENSE = ("loha(rank=8)", "lokr(rank=8)", "fourierft(frequencies=1000)", "loca", "hut", "weight_compander")
+DENSE += ("weight_mixup", "oft", "snell", "miss", "r_amt", "random_sparse")
+"""Deltas that are a dense function of W, or scattered over it, against full fine-tuning of the same layers."""
 ROWS = {
     "lora": _lora("minilm", "lora(rank=8)", 0.90, 0.95),
     "lora dropout": _lora("minilm", "lora(rank=8, dropout=0.1)", 0.80, 0.75, lora_dropout=0.1),
@@ -61,9 +64,7 @@ ROWS = {
     "decoder lora": _lora("smollm2", "lora(rank=8)", 1.02, 0.62),
     "decoder lora bf16": _lora("smollm2", "lora(rank=8)", 0.90, 0.60, half=True),
     "decoder dora": _lora("smollm2", "dora(rank=8)", 0.92, 0.52, use_dora=True),
-    "loha, full": Row("minilm", "loha(rank=8)", None, {}, 1.15),
-    "lokr, full": Row("minilm", "lokr(rank=8)", None, {}, 1.15),
-    "fourierft, full": Row("minilm", "fourierft(frequencies=1000)", None, {}, 1.15),
+    **{f"{name.partition('(')[0]}, full": Row("minilm", name, None, {}, 1.15) for name in DENSE},
 }
 
 

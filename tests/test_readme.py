@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,22 +48,43 @@ def test_commands_are_understood(command: str) -> None:
     assert callable(function) and bound is not None
 
 
+STEPS = [
+    ("LoRA on `minilm`", "lora"),
+    ("LoRA with dropout 0.1 on `minilm`", "lora dropout"),
+    ("DoRA on `minilm`", "dora"),
+    ("DoRA with dropout 0.1 on `minilm`", "dora dropout"),
+    ("LoHa on `minilm`", "loha"),
+    ("LoKr on `minilm`", "lokr"),
+    ("FourierFT on `minilm`", "fourierft"),
+    ("LoRA on `smollm2`", "decoder lora"),
+    ("LoRA in bfloat16 on `smollm2`", "decoder lora bf16"),
+    ("DoRA on `smollm2`", "decoder dora"),
+]
+
+
+DATA, KEYS = ("reviews", "peptides"), ("accuracy", "regret")
+
+
+def span(repeats: list[dict[str, Any]], key: str) -> str:
+    values = [repeat[key][0] for repeat in repeats]
+    return f"{min(values):.3f} to {max(values):.3f}"
+
+
 def measured() -> list[tuple[str, str]]:
     """(row of README's table, what the result file says)."""
     folder = ROOT / "benchmarks" / "results"
     read = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json")}
-    reviews, gsm, peft = read["reviews"]["summary"], read["gsm8k"], read["lora_vs_peft"]["rows"]
-    repeats = read["compare_reviews"]["repeats"]
-    chosen, regret = [r["accuracy"][0] for r in repeats], [r["regret"][0] for r in repeats]
+    reviews, gsm, steps = read["reviews"]["summary"], read["gsm8k"], read["steps_vs_peft"]["rows"]
+    accuracy, regret = ([span(read[f"compare_{data}"]["repeats"], key) for data in DATA] for key in KEYS)
     return [
-        ("`compare minilm reviews", f"{min(chosen):.3f} to {max(chosen):.3f}"),
-        ("the same: what a long search", f"{min(regret):.3f} to {max(regret):.3f}"),
+        ("`compare minilm reviews", accuracy[0]),
+        ("the same: what a long search", regret[0]),
+        ("`compare tiny-roberta peptides", f"{accuracy[1]}; {regret[1]}"),
         ("LoRA on `reviews`", f"{reviews['lora']['accuracy']:.3f}"),
         ("full fine-tuning", f"{reviews['full']['accuracy']:.3f}"),
         ("linear probe", f"{reviews['linear_probe']['accuracy']:.3f}"),
         ("30 steps", f"{gsm['before']:.2f} to {gsm['after']:.2f}"),
-        ("LoRA training step", f"{peft[0]['ratio']:.2f}"),
-        ("the same with dropout", f"{peft[1]['ratio']:.2f}"),
+        *((name, f"{steps[key]['time']:.2f} | {steps[key]['memory']:.2f}") for name, key in STEPS),
     ]
 
 

@@ -13,10 +13,11 @@ from tunewise.core.method import get_method
 
 
 def rows(name: str, losses: list[float | None], seeds: int = 3) -> list[dict[str, Any]]:
-    """Three rates with these mean losses; None is a rate at which seed 0 failed."""
+    """Three rates with these mean losses, the best with further seeds; None is a rate at which seed 0 failed."""
     found: list[dict[str, Any]] = []
+    best = min(loss for loss in losses if loss is not None)
     for lr, loss in zip(get_method(name).lr, losses, strict=True):
-        for seed in range(seeds):
+        for seed in range(seeds if loss == best else 1):
             row: dict[str, Any] = {"method": name, "lr": lr, "seed": seed, "steps": 10}
             figures = {"accuracy": 0.8, "trainable": 7, "cpu_seconds": 5.0, "peak_memory_mb": 9.0}
             failed = loss is None and seed == 0
@@ -31,7 +32,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deltas.Rows:
     probe = {"method": "linear_probe", "lr": None, "seed": 0, "steps": None}
     found = deltas.Rows(tmp_path / "rows.jsonl")
     everything = [probe | {"loss": 0.42, "accuracy": 0.83, "trainable": 5}, *rows("lora", [0.5, 0.4, None])]
-    for row in everything + rows("full", [0.6, 0.5, 0.43]) + rows("bitfit", [0.1, 0.1, 0.1], seeds=2):
+    for row in everything + rows("full", [0.6, 0.5, 0.43]) + rows("bitfit", [0.2, 0.1, 0.2], seeds=2):
         found.add(row)
     return found
 
@@ -49,11 +50,25 @@ def test_each_method_counts_at_its_best_rate(kept: deltas.Rows) -> None:
 def test_finished_runs_are_not_run_again(kept: deltas.Rows) -> None:
     again = deltas.Rows(kept.file)
     assert again.rows == kept.rows
-    missing = [job for job in deltas.jobs(["lora", "bitfit"], 10) if job not in again]
-    assert {(job.method, job.seed) for job in missing} == {("bitfit", 2)}
-    assert len([job for job in deltas.jobs(["lora"], 11) if job not in again]) == 9
+    first = [job for job in deltas.first_jobs(["lora", "bitfit"], 10) if job not in again]
+    further = [job for job in deltas.further_jobs(["lora", "bitfit"], 10, again) if job not in again]
+    assert not first and [(job.method, job.lr, job.seed) for job in further] == [
+        ("bitfit", get_method("bitfit").lr[1], 2)
+    ]
+    longer = [job for job in deltas.first_jobs(["lora"], 11) if job not in again]
+    assert [(job.lr, job.seed) for job in longer] == [(lr, 0) for lr in get_method("lora").lr]
+    assert not list(deltas.further_jobs(["lora"], 11, again))  # no rate has been chosen yet
     retried = deltas.Rows(kept.file, again=True)
-    assert [job.seed for job in deltas.jobs(["lora"], 10) if job not in retried] == [0]
+    failed = [job for job in deltas.first_jobs(["lora"], 10) if job not in retried]
+    assert [job.lr for job in failed] == [get_method("lora").lr[2]]
+
+
+def test_a_further_seed_that_fails_is_not_left_out_of_the_mean(kept: deltas.Rows) -> None:
+    row = next(r for r in kept.rows if r["method"] == "lora" and r["seed"] == 2)
+    row |= {"failed": "NaN"}
+    del row["loss"]
+    lora = deltas.summary(kept, 10)["methods"]["lora"]
+    assert lora["loss"] is None and not lora["below_probe"]
 
 
 def test_other_names_are_refused() -> None:

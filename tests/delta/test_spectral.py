@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -15,8 +14,7 @@ from tests.models import tiny
 from tunewise.core.errors import RunError, UserError
 from tunewise.core.handle import attach
 from tunewise.core.run import Run
-from tunewise.delta.spectral import FourierFT, LoCA, place
-from tunewise.delta.transforms import cosine_part, dct, idct
+from tunewise.delta.spectral import FourierFT, LoCA, cosine_part, dct, idct, place
 
 SHAPES = [(5, 7), (6, 8), (1, 4), (4, 1), (2, 2), (9, 6)]
 
@@ -126,32 +124,6 @@ def test_locations_follow_the_central_difference() -> None:
     assert float(z.grad[0, 2]) == 0.0  # outside of [0, 0.999]
     with pytest.raises(RunError, match="no second derivative"):
         torch.autograd.grad((place(a, z, 7, 9) * g).sum(), z, create_graph=True)
-
-
-@pytest.mark.parametrize("shape", [(7, 9), (9, 7), (6, 6)])
-@pytest.mark.parametrize("moving", [True, False])
-def test_the_fused_cosine_change_is_the_plain_one(shape: tuple[int, int], moving: bool) -> None:
-    layer = Box(shape[1], shape[0]).double()
-    x, g = torch.randn(4, shape[1], dtype=torch.float64), torch.randn(4, shape[0], dtype=torch.float64)
-    results = []
-    for plain in (True, False):
-        model = copy.deepcopy(layer)
-        handle = attach(
-            model, LoCA(frequencies=5, scale=0.7, sites="linear"), seed=1, plain=plain, dtype=torch.float64
-        )
-        t = handle.sites[0][2]
-        with torch.no_grad():
-            t.coefficients.copy_(torch.linspace(-0.5, 0.5, 5))
-            t.locations[:, 0], t.locations[:, 1] = 0.0, 0.999  # edges
-        t.locations.requires_grad_(moving)
-        given = x.clone().requires_grad_()
-        y = model(given)
-        y.backward(g)
-        results.append((y.detach(), given.grad, t.coefficients.grad, t.locations.grad))
-    for found, wanted in zip(results[1], results[0], strict=True):
-        assert (found is None) == (wanted is None)
-        if found is not None:
-            torch.testing.assert_close(found, wanted)
 
 
 def test_a_location_moves_towards_the_target() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,89 @@ from tunewise.sites import Site
 
 from .fused import changed_linear
 from .random import positions
-from .transforms import cosine_part, dct_rows, idct, idct_rows
 
-__all__ = ["FourierFT", "LoCA", "place"]
+__all__ = ["FourierFT", "LoCA", "cosine_part", "dct", "idct", "place"]
+
+
+def _cosine_part(F: Tensor) -> Tensor:
+    """Half of the transform is computed; the real part of the other half is its mirror image."""
+    half = torch.fft.rfft2(F, norm="forward").real
+    mirror = half[:, 1 : (F.shape[1] + 1) // 2].flip((0, 1)).roll(1, 0)
+    return torch.cat([half, mirror], 1)
+
+
+def _twist(n: int, like: Tensor) -> Tensor:
+    """exp(-i pi k / 2n) with the factors that make the transform orthonormal, k = 0 ... n / 2."""
+    k = torch.arange(n // 2 + 1, device=like.device, dtype=like.dtype)
+    size = torch.full_like(k, math.sqrt(2 / n))
+    size[0] = math.sqrt(1 / n)
+    return torch.polar(size, -math.pi / (2 * n) * k)
+
+
+def _dct(x: Tensor) -> Tensor:
+    """Along the last axis, by a real FFT of the even entries followed by the odd ones backwards."""
+    n = x.shape[-1]
+    v = torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], -1)
+    found = torch.fft.rfft(v) * _twist(n, x)
+    return torch.cat([found.real, -found.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
+
+
+def _idct(X: Tensor) -> Tensor:
+    """The inverse, which is the transpose, of `_dct`."""
+    n = X.shape[-1]
+    back = torch.zeros_like(X[..., : n // 2 + 1])
+    back[..., 1:] = X[..., n - n // 2 :].flip(-1)
+    twist = _twist(n, X)
+    v = torch.fft.irfft(torch.complex(X[..., : n // 2 + 1], -back) * twist.conj() / twist.abs().square(), n=n)
+    x = torch.empty_like(v)
+    x[..., ::2], x[..., 1::2] = v[..., : (n + 1) // 2], v[..., (n + 1) // 2 :].flip(-1)
+    return x
+
+
+class _Map(torch.autograd.Function):
+    """A linear map with its transpose for a derivative, as often as one likes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, which: str) -> Tensor:
+        return _MAPS[which][0](x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.which = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _applied(g, _MAPS[ctx.which][1]), None
+
+
+def _applied(x: Tensor, which: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _MAPS[which][0](x)
+    return _Map.apply(x, which)  # type: ignore[no-any-return,no-untyped-call]
+
+
+_MAPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "cosine_part": (_cosine_part, "cosine_part"),
+    "dct": (lambda x: _dct(_dct(x).mT).mT, "idct"),
+    "idct": (lambda x: _idct(_idct(x).mT).mT, "dct"),
+}
+
+
+def cosine_part(F: Tensor) -> Tensor:
+    """Re(ifft2(F)) of a real F `[m, n]`: sum_uv F[u, v] cos(2 pi (u i / m + v j / n)) / (m n); symmetric as a map."""
+    return _applied(F, "cosine_part")
+
+
+def dct(x: Tensor) -> Tensor:
+    """C_m x C_n^T, the orthonormal two-dimensional DCT-II of x `[m, n]`."""
+    return _applied(x, "dct")
+
+
+def idct(F: Tensor) -> Tensor:
+    """C_m^T F C_n, the inverse and the transpose of `dct`."""
+    return _applied(F, "idct")
 
 
 class _Place(torch.autograd.Function):
@@ -41,16 +122,12 @@ class _Place(torch.autograd.Function):
         last_i, last_j = g.shape[0] - 1, g.shape[1] - 1
         down = g[(i + 1).clamp(max=last_i), j] - g[(i - 1).clamp(min=0), j]
         right = g[i, (j + 1).clamp(max=last_j)] - g[i, (j - 1).clamp(min=0)]
-        return g[i, j], _to_places(a, z, torch.stack([down, right]), g.shape), None, None
+        slopes = (0.5 * a * torch.stack([down, right])).clamp(-1, 1)
+        inside = (z >= 0) & (z <= _LAST)
+        return g[i, j], slopes * inside * z.new_tensor([[last_i], [last_j]]), None, None
 
 
 _LAST = 0.999
-
-
-def _to_places(a: Tensor, z: Tensor, differences: Tensor, shape: Sequence[int]) -> Tensor:
-    """dL/dz from dL/dF[l + 1] - dL/dF[l - 1] along both axes."""
-    inside = (z >= 0) & (z <= _LAST)
-    return (0.5 * a * differences).clamp(-1, 1) * inside * z.new_tensor([[n - 1] for n in shape])
 
 
 def _rounded(z: Tensor, rows: int, columns: int) -> Tensor:
@@ -77,51 +154,6 @@ def _cosine(W: Tensor, a: Tensor, z: Tensor, s: float) -> Tensor:
 
 def _wide(c: Tensor) -> torch.dtype:
     return torch.promote_types(c.dtype, torch.float32)  # there is no transform of 16-bit numbers
-
-
-class _CosineChange(torch.autograd.Function):
-    """`idct(place(a, z))` with K times the shorter side in place of the transform along it, and its gradients.
-
-    `waves` are the cosines of the shorter side, a frequency per row.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, z: Tensor, waves: Tensor, rows: int, columns: int) -> Tensor:
-        ctx.places, ctx.shape = _rounded(z, rows, columns), (rows, columns)
-        ctx.save_for_backward(a, z, waves)
-        (i, j), long = ctx.places, max(rows, columns)
-        if rows < columns:
-            i, j = j, i
-        y = a.new_zeros(long, len(waves)).index_add_(0, i, a[:, None] * waves[j])
-        found = idct_rows(y.mT.contiguous())
-        return found if rows < columns else found.mT
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RunError("The fused cosine change has no second derivative: attach with plain=True.")
-        a, z, waves = ctx.saved_tensors
-        flip = ctx.shape[0] < ctx.shape[1]
-        i, j = ctx.places.flip(0) if flip else ctx.places
-        half = dct_rows(g if flip else g.mT).mT.contiguous()
-        last_i, last_j = len(half) - 1, len(waves) - 1
-
-        def at(i: Tensor, j: Tensor) -> Tensor:
-            return (half[i] * waves[j]).sum(1)
-
-        to_a = at(i, j) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return to_a, None, None, None, None
-        down = at((i + 1).clamp(max=last_i), j) - at((i - 1).clamp(min=0), j)
-        right = at(i, (j + 1).clamp(max=last_j)) - at(i, (j - 1).clamp(min=0))
-        slopes = (right, down) if flip else (down, right)
-        return to_a, _to_places(a, z, torch.stack(slopes), ctx.shape), None, None, None
-
-
-def _cosine_thin(W: Tensor, a: Tensor, z: Tensor, waves: Tensor, s: float) -> Tensor:
-    wide = _wide(a)
-    change: Tensor = _CosineChange.apply(a.to(wide), z, waves.to(wide), *W.shape)  # type: ignore[no-untyped-call]
-    return torch.add(W, change.to(W.dtype), alpha=s)
 
 
 class FourierFT(Delta):
@@ -190,11 +222,6 @@ class LoCA(Delta):
     def _count(self, site: Site) -> int:
         return min(self.frequencies, (site.in_features or 0) * (site.out_features or 0))
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, P]:
-        sizes = {min(s.out_features or 0, s.in_features or 0) for s in sites}
-        cosines = {n: dct_rows(torch.eye(n)).mT.contiguous() for n in sorted(sizes)}
-        return {f"waves_{n}": P(c, "mask", trainable=False, saved=False) for n, c in cosines.items()}
-
     def tensors(self, site: Site) -> dict[str, P]:
         count = self._count(site)
         return {
@@ -213,10 +240,7 @@ class LoCA(Delta):
         return _cosine(W, t.coefficients, t.locations, self.scale)
 
     def product(self, t: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        waves = getattr(t.shared, f"waves_{min(W.shape)}")
-        return changed_linear(
-            partial(_cosine_thin, s=self.scale), x, W, b, t.coefficients, t.locations, waves
-        )
+        return changed_linear(partial(_cosine, s=self.scale), x, W, b, t.coefficients, t.locations)
 
     def prepare(self, run: Run) -> None:
         self._turn(run)

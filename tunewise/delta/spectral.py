@@ -29,29 +29,32 @@ def _cosine_part(F: Tensor) -> Tensor:
     return torch.cat([half, mirror], 1)
 
 
-def _twist(n: int, like: Tensor) -> Tensor:
-    """exp(-i pi k / 2n) with the factors that make the transform orthonormal, k = 0 ... n / 2."""
+def _twist(n: int, like: Tensor, size: float = 1.0) -> Tensor:
+    """exp(-i pi k / 2n) with the factors that make the transform orthonormal, to the power `size`, k = 0 ... n / 2."""
     k = torch.arange(n // 2 + 1, device=like.device, dtype=like.dtype)
-    size = torch.full_like(k, math.sqrt(2 / n))
-    size[0] = math.sqrt(1 / n)
-    return torch.polar(size, -math.pi / (2 * n) * k)
+    length = torch.full_like(k, math.sqrt(2 / n) ** size)
+    length[0] = math.sqrt(1 / n) ** size
+    return torch.polar(length, -size * math.pi / (2 * n) * k)
 
 
 def _dct(x: Tensor) -> Tensor:
     """Along the last axis, by a real FFT of the even entries followed by the odd ones backwards."""
     n = x.shape[-1]
-    v = torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], -1)
-    found = torch.fft.rfft(v) * _twist(n, x)
-    return torch.cat([found.real, -found.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
+    v = x.new_empty(x.shape)
+    v[..., : (n + 1) // 2], v[..., (n + 1) // 2 :] = x[..., ::2], x[..., 1::2].flip(-1)
+    found = torch.fft.rfft(v).mul_(_twist(n, x))
+    v[..., : n // 2 + 1] = found.real
+    v[..., n // 2 + 1 :] = found.imag[..., 1 : (n + 1) // 2].flip(-1).neg_()
+    return v
 
 
 def _idct(X: Tensor) -> Tensor:
     """The inverse, which is the transpose, of `_dct`."""
     n = X.shape[-1]
-    back = torch.zeros_like(X[..., : n // 2 + 1])
-    back[..., 1:] = X[..., n - n // 2 :].flip(-1)
-    twist = _twist(n, X)
-    v = torch.fft.irfft(torch.complex(X[..., : n // 2 + 1], -back) * twist.conj() / twist.abs().square(), n=n)
+    both = X.new_zeros(*X.shape[:-1], n // 2 + 1, 2)
+    both[..., 0] = X[..., : n // 2 + 1]
+    both[..., 1:, 1] = X[..., n - n // 2 :].flip(-1).neg_()
+    v = torch.fft.irfft(torch.view_as_complex(both).mul_(_twist(n, X, -1.0)), n=n)
     x = torch.empty_like(v)
     x[..., ::2], x[..., 1::2] = v[..., : (n + 1) // 2], v[..., (n + 1) // 2 :].flip(-1)
     return x

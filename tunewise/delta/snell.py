@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunewise.core.delta import Delta, P
 from tunewise.sites import Site
+
+from .fused import changed_linear
 
 __all__ = ["KernelEntries", "compete", "distances"]
 
@@ -72,14 +73,10 @@ class KernelEntries(Delta):
         return W + change.to(W.dtype)
 
     def product(self, t: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        def whole(x: Tensor, W: Tensor, b: Tensor | None, *factors: Tensor) -> Tensor:
-            new = W.to(t.dtype) + self.change(*factors)
-            return F.linear(x, new.to(W.dtype), b)
+        return changed_linear(self._changed, x, W, b, t.O1, t.I1, t.O2, t.I2)
 
-        factors = (t.O1, t.I1, t.O2, t.I2)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return whole(x, W, b, *factors)
-        return checkpoint(whole, x, W, b, *factors, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+    def _changed(self, W: Tensor, *factors: Tensor) -> Tensor:
+        return W + self.change(*factors)
 
     def formula(self, site: Site, taps: Sequence[Site] = ()) -> int:
         return self.rank * ((site.in_features or 0) + (site.out_features or 0))

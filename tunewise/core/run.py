@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tunewise.sites import Signals
+
 from .checkpoint import get_rng, load_tree, save_tree, set_rng
 from .delta import device_of
 from .errors import UserError, did_you_mean
@@ -20,7 +22,6 @@ from .lifecycle import Lifecycle
 from .part import SLOTS, Part, nested
 from .recipe import Recipe
 from .reference import Reference
-from .signals import Signals
 from .stores import Store
 from .streams import Example, Stream, Streams, seed_of
 from .tensors import Tensors

@@ -12,12 +12,14 @@ from .quantized import (
     rounding_errors,
 )
 from .select import select
+from .signals import Signals
 from .site import KINDS, Site, find_sites
 from .widths import with_widths
 
 __all__ = [
     "KINDS",
     "Calls",
+    "Signals",
     "Site",
     "Tied",
     "beside",

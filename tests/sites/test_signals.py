@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.models import tiny, tiny_batch
 from tunewise.core.handle import attach
-from tunewise.core.signals import Signals
 from tunewise.sites import Site, find_sites, select
+from tunewise.sites.signals import Signals
 
 
 def hooks(model: nn.Module) -> int:

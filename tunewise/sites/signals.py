@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunewise.sites import Site
+from .site import Site
 
 __all__ = ["Signals"]
 

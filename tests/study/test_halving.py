@@ -262,8 +262,9 @@ def test_solved_methods_alone_need_no_steps() -> None:
 
 def test_described() -> None:
     world = World(13, 10)
+    world.arms = [replace(arm, seeded=arm.method == "m4") for arm in world.arms]
     text = plan_of(world, 2000.0, configurations=3).describe()
-    assert "10 methods, 3 learning rates each" in text and "3 seeds for the best 3" in text
+    assert "10 methods, 3 learning rates each" in text and "3 seeds for the best 3 and m4" in text
     assert all(f"  {arm.method}" in text for arm in world.arms)
 
 

@@ -239,7 +239,8 @@ class Plan:
             for size, length in zip(self.sizes, lengths, strict=True)
         ]
         again = math.ceil(self.sizes[-1] / self.eta)
-        seeds = f"; {self.seeds} seeds for the best {again}" if self.seeds > 1 else ""
+        others = "".join(f" and {arm.method}" for arm in self.trained if arm.seeded)
+        seeds = f"; {self.seeds} seeds for the best {again}{others}" if self.seeds > 1 else ""
         expected = self.cost(self.length)
         lines = [
             f"{len(self.trained)} methods, {self.n} learning rates each, equal steps for all: "

@@ -54,6 +54,9 @@ TWELVE += ("sara",)
 DEFAULT = "lora(rank=8)"
 """LoRA again, under another name, at its default rate."""
 LONG = "24h"
+RULE = (
+    "Each decision is the one that this version takes from the stored rows, whichever version ran the trials."
+)
 
 
 def repeat(case: dict[str, Any], data: str, work: Path, times: int) -> None:
@@ -139,7 +142,8 @@ def summary(case: dict[str, Any], data: str, work: Path) -> dict[str, Any]:
     places = [work / f"{data}-grid", work / f"{data}-seeds"]
     long = scores(places) if all((place / "findings.json").is_file() for place in places) else {}
     default = long.pop(DEFAULT, None)
-    found: dict[str, Any] = {"case": {**case, "data": data}, "environment": environment(), "repeats": []}
+    found: dict[str, Any] = {"case": {**case, "data": data}, "environment": environment(), "rule": RULE}
+    found["repeats"] = []
     if default is not None:
         found["reference"] = {n: {"accuracy": float(r.mean()), "seeds": len(r)} for n, r in long.items()}
         found["reference_best"] = best_of(long)

@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reviews": {"model": "minilm", "budget": "30m", "steps": 189},
     "peptides": {"model": "tiny-roberta", "budget": "10m", "steps": 329},
 }
-TWELVE = (
+TWELVE: tuple[str, ...] = (
     "lora_plus",
     "dora",
     "pissa",

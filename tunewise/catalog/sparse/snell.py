@@ -7,7 +7,7 @@ from tunewise.core.recipe import Recipe
 from tunewise.delta.snell import KernelEntries
 
 
-@method("snell", title="Sparse tuning with kernelised LoRA", arxiv="2411.01800", lr=(3e-4, 1e-3, 5e-3))
+@method("snell", title="Sparse tuning with kernelised LoRA", arxiv="2411.01800", lr=(1e-3, 5e-3, 2e-2))
 def snell(
     rank: int = 8,
     sparsity: float = 0.9,

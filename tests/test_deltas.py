@@ -51,24 +51,35 @@ def test_finished_runs_are_not_run_again(kept: deltas.Rows) -> None:
     again = deltas.Rows(kept.file)
     assert again.rows == kept.rows
     first = [job for job in deltas.first_jobs(["lora", "bitfit"], 10) if job not in again]
-    further = [job for job in deltas.further_jobs(["lora", "bitfit"], 10, again) if job not in again]
+    further = [job for job in deltas.further_jobs(["lora", "bitfit"], again, 10) if job not in again]
     assert not first and [(job.method, job.lr, job.seed) for job in further] == [
         ("bitfit", get_method("bitfit").lr[1], 2)
     ]
     longer = [job for job in deltas.first_jobs(["lora"], 11) if job not in again]
     assert [(job.lr, job.seed) for job in longer] == [(lr, 0) for lr in get_method("lora").lr]
-    assert not list(deltas.further_jobs(["lora"], 11, again))  # no rate has been chosen yet
+    assert not list(deltas.further_jobs(["lora"], again, 11))  # no rate has been chosen yet
     retried = deltas.Rows(kept.file, again=True)
     failed = [job for job in deltas.first_jobs(["lora"], 10) if job not in retried]
     assert [job.lr for job in failed] == [get_method("lora").lr[2]]
 
 
-def test_a_further_seed_that_fails_is_not_left_out_of_the_mean(kept: deltas.Rows) -> None:
-    row = next(r for r in kept.rows if r["method"] == "lora" and r["seed"] == 2)
-    row |= {"failed": "NaN"}
-    del row["loss"]
-    lora = deltas.summary(kept, 10)["methods"]["lora"]
-    assert lora["loss"] is None and not lora["below_probe"]
+def test_a_rate_that_one_seed_likes_loses_its_lead(kept: deltas.Rows) -> None:
+    low, middle, _ = get_method("lora").lr
+    row = next(r for r in kept.rows if (r["method"], r["lr"], r["seed"]) == ("lora", middle, 2))
+    row["loss"] = 0.9
+    assert "lora" in deltas.summary(kept, 10)["unfinished"]
+    jobs = [job for job in deltas.further_jobs(["lora"], kept, 10) if job not in kept]
+    assert [(job.lr, job.seed) for job in jobs] == [(low, 1), (low, 2)]
+
+
+def test_a_rate_at_which_a_seed_fails_does_not_lead(kept: deltas.Rows) -> None:
+    for row in [r for r in kept.rows if r["method"] == "full" and r["seed"] in (0, 2)]:
+        row["failed"] = "NaN"
+        row.pop("loss", None)
+    full = deltas.summary(kept, 10)["methods"]["full"]
+    assert (
+        full["lr"] is None and full["loss"] is None and not full["below_probe"] and len(full["failed"]) == 3
+    )
 
 
 def test_other_names_are_refused() -> None:

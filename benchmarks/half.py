@@ -47,17 +47,15 @@ def run(way: str, seed: int, epochs: float) -> dict[str, Any]:
 
 def summary(work: Path, ways: Sequence[str]) -> dict[str, Any]:
     """Accuracy of each way, and its difference to float32."""
-    scores, seconds, peaks = {}, {}, {}
+    scores, peaks = {}, {}
     for way in ways:
         rows = [json.loads(place(work, way, seed).read_text(encoding="utf-8")) for seed in SEEDS]
         scores[way] = np.array([[int(c) for c in row["right"]] for row in rows])
-        seconds[way] = float(np.mean([row["metrics"]["seconds"] for row in rows]))
         peaks[way] = max(row["metrics"]["peak_memory_mb"] for row in rows)
     found: dict[str, Any] = {}
     for way, values in scores.items():
         here = interval(values)
-        found[way] = {"accuracy": [here.value, here.low, here.high], "seconds": seconds[way]}
-        found[way] |= {"peak_memory_mb": peaks[way]}
+        found[way] = {"accuracy": [here.value, here.low, here.high], "peak_memory_mb": peaks[way]}
         if way != WAYS[0]:
             gap = paired_difference(values, scores[WAYS[0]])
             found[way] |= {"minus_float32": [gap.difference, gap.low, gap.high], "p": gap.p}

@@ -96,11 +96,9 @@ def reference(case: dict[str, Any], data: str, work: Path) -> None:
 
 
 def twelve(case: dict[str, Any], data: str, work: Path, budget: str) -> dict[str, Any]:
-    """A study of `TWELVE` beside LoRA and the baselines, and its rows."""
-    names = ["lora", "linear_probe", *TWELVE]
-    study = tw.compare(
-        case["model"], data, methods=names, budget=budget, out=work / f"{data}-twelve", say=print
-    )
+    """A study of `TWELVE` beside LoRA and the baselines: its rows, and how far each method came on validation rows."""
+    names, folder = ["lora", "linear_probe", *TWELVE], work / f"{data}-twelve"
+    study = tw.compare(case["model"], data, methods=names, budget=budget, out=folder, say=print)
     costs = ("trainable", "seconds", "peak_memory_mb", "size_mb")
     keys = (
         "method",
@@ -122,7 +120,21 @@ def twelve(case: dict[str, Any], data: str, work: Path, budget: str) -> dict[str
         "decision": study.decision,
         "failed": study.findings["failed"],
         "rows": [{key: row.get(key) for key in keys} for row in study.findings["rows"]],
+        "validation": validation(folder),
     }
+
+
+def validation(folder: Path) -> dict[str, dict[str, Any]]:
+    """method -> rate, steps and accuracy on validation rows of its best trial of the most steps; all that took part."""
+    found: dict[str, dict[str, Any]] = {}
+    with Store.read(folder) as store:
+        for trial in sorted(
+            (t for t in store.trials("done") if t.rung != MEASURE and t.metrics),
+            key=lambda t: (t.steps, t.metrics["score"]),
+        ):
+            reached = {"lr": trial.rate, "steps": trial.steps, METRIC: trial.metrics[f"valid/{METRIC}"]}
+            found[trial.method] = reached
+    return found
 
 
 def scores(folders: list[Path]) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 WORKERS ?= auto
 
-.PHONY: venv demo test slow lint format capabilities atlas clean
+.PHONY: venv demo test slow lint format capabilities atlas compatibility clean
 
 venv: $(STAMP)
 
@@ -43,6 +43,10 @@ capabilities: $(STAMP)
 
 atlas: $(STAMP)
 	$(BIN)/python docs/make_atlas.py
+
+# Which forms of deltas stand together on one backbone, tried pair by pair.
+compatibility: $(STAMP)
+	$(BIN)/python docs/make_compatibility.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

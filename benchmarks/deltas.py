@@ -3,9 +3,11 @@
     python benchmarks/deltas.py --workers 2              # resumable, one row per run in results/deltas.jsonl
     python benchmarks/deltas.py --methods lora,dora      # only these
     python benchmarks/deltas.py --summary                # writes benchmarks/results/deltas.json
+    python benchmarks/deltas.py --setting vision         # the same on images: results/vision.jsonl, results/vision.json
 
-Model tiny-roberta, data `peptides`, two epochs, everything else as `tune` does it. What counts is the loss of the
-validation rows at the state that `tune` keeps (its best look). Every rate is run with seed 0; the rate that leads
+Model tiny-roberta, data `peptides`, two epochs; or the methods made for images, beside a few others, on dinov2-small
+and rows of `fashion`. Everything else as `tune` does it. What counts is the loss of the validation rows at the state
+that `tune` keeps (its best look). Every rate is run with seed 0; the rate that leads
 by its mean is run with seeds 1 and 2, until the leader has all three: a rate that only one seed likes loses its
 lead. There at least nine of ten methods must end below the linear probe, solved exactly on the same rows.
 Seconds per step are CPU time of one thread, looks included.
@@ -22,7 +24,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,46 @@ import torch
 import tunewise as tw
 from tunewise.core.checkpoint import write_json, write_text
 from tunewise.core.errors import RunError, UserError, did_you_mean
-from tunewise.core.method import get_method, method_names
+from tunewise.core.method import get_method
 from tunewise.data import Splits
 from tunewise.machine import environment
 from tunewise.prepare import prepare_data
+from tunewise.study.portfolio import read_methods
 
 RESULTS = Path(__file__).parent / "results"
-AREAS = ("lowrank", "spectral", "sparse", "existing")
+AREAS = ("lowrank", "spectral", "sparse", "existing", "adapters", "experts", "prompt", "head", "side")
+SPELLED = {"zecoler": "zecoler(verbalizer={'AMP': 'K', 'UniProt': 'L'})"}
+"""Methods that need to know more about this data than their defaults say."""
 PROBE = "linear_probe"
 SEEDS = (0, 1, 2)
-STEPS, LOOKS = 188, 2
-"""Two epochs; looks at the validation rows, which cost as much as ten steps each."""
+LOOKS = 2
+"""At the validation rows; each costs as much as ten steps."""
 BAR = 0.9
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its data and how long it is trained; `file` is the name of the results, without its ending.
+
+    names  of the methods; None: all of AREAS
+    train, valid  the first rows of these sets; None: all
+    """
+
+    file: str
+    model: str
+    data: str
+    steps: int
+    names: tuple[str, ...] | None = None
+    train: int | None = None
+    valid: int | None = None
+
+
+TEXT = Setting("deltas", "tiny-roberta", "peptides", 188)
+PICTURED = ("vpt", "vqt", "hst", "dvpt", "idpt", "lora", "bitfit", "houlsby", "head_only")
+SETTINGS = {
+    "text": TEXT,
+    "vision": Setting("vision", "dinov2-small", "fashion", 64, PICTURED, train=500, valid=250),
+}
 
 
 @dataclass(frozen=True)
@@ -60,26 +90,27 @@ def quiet(sentence: str) -> None:
 
 
 @cache
-def rows() -> Splits:
+def rows(setting: Setting) -> Splits:
     """The three sets, read once per process."""
-    return prepare_data("peptides", say=quiet).splits
+    sets = prepare_data(setting.data, say=quiet).splits
+    return Splits(sets.train[: setting.train], sets.valid[: setting.valid], sets.test)
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job, setting: Setting = TEXT) -> dict[str, Any]:
     """The row of one run; one that fails (a loss that became NaN) gives the reason instead of figures."""
     started: list[float] = []
 
     def say(sentence: str) -> None:
         started[:] = [time.process_time()]  # the last sentence is said when training begins
 
-    sets, found = rows(), {**vars(job), "threads": torch.get_num_threads()}
+    sets, found = rows(setting), {**vars(job), "threads": torch.get_num_threads()}
     try:
         metrics = tw.tune(
-            "tiny-roberta",
+            setting.model,
             sets.train,
             valid=sets.valid,
             test=sets.test,
-            method=job.method,
+            method=SPELLED.get(job.method, job.method),
             lr=job.lr,
             steps=job.steps,
             seed=job.seed,
@@ -103,9 +134,10 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def methods(named: str | None) -> list[str]:
-    """The named methods, or all of the four areas."""
-    everything = [n for n in method_names() if get_method(n).area in AREAS and n != PROBE]
+def methods(named: str | None, setting: Setting = TEXT) -> list[str]:
+    """The named methods, or all of the setting's."""
+    everything = [n for n in read_methods("all") if get_method(n).area in AREAS and n != PROBE]
+    everything = list(setting.names or everything)
     chosen = [n.strip() for n in named.split(",")] if named else everything
     for name in chosen:
         if name not in everything:
@@ -170,27 +202,27 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def carry_out(kept: Rows, todo: list[Job], workers: int) -> None:
+def carry_out(kept: Rows, todo: list[Job], workers: int, setting: Setting) -> None:
     """Runs what is missing; rows are written as runs end."""
     print(f"{len(todo)} runs are missing.", flush=True)
     one_thread()
     if workers == 1:
         for job in todo:
-            kept.add(run(job))
+            kept.add(run(job, setting))
         return
     with multiprocessing.get_context("spawn").Pool(workers, one_thread) as pool:
-        for row in pool.imap_unordered(run, todo):
+        for row in pool.imap_unordered(partial(run, setting=setting), todo):
             kept.add(row)
 
 
-def summary(kept: Rows, steps: int) -> dict[str, Any]:
+def summary(kept: Rows, steps: int, setting: Setting = TEXT) -> dict[str, Any]:
     """Each method at its best rate beside the probe; methods without all of their runs are named apart."""
     probe = next((r for r in kept.rows if r["method"] == PROBE), None)
     if probe is None:
         raise UserError(f"{kept.file} holds no run of the linear probe.")
     found: dict[str, Any] = {}
     unfinished = []
-    for name in methods(None):
+    for name in methods(None, setting):
         mine = [r for r in kept.rows if r["method"] == name and r["steps"] == steps]
         rates = {lr: [r for r in mine if r["lr"] == lr] for lr in get_method(name).lr}
         lr = best_rate(kept, name, steps)
@@ -200,15 +232,18 @@ def summary(kept: Rows, steps: int) -> dict[str, Any]:
         else:
             unfinished.append(name)
     below = [name for name, one in found.items() if one["below_probe"]]
+    areas: dict[str, list[bool]] = {}
+    for name, one in found.items():
+        areas.setdefault(get_method(name).area, []).append(one["below_probe"])
     return {
         "environment": environment() | {"threads": 1},
-        "model": "tiny-roberta",
-        "data": "peptides",
+        **{k: v for k, v in vars(setting).items() if k not in ("file", "steps", "names") and v is not None},
         "steps": steps,
         "seeds": list(SEEDS),
         "probe": {k: probe[k] for k in ("loss", "accuracy", "trainable")},
         "bar": BAR,
         "share_below": len(below) / len(found) if found else 0.0,
+        "share_below_by_area": {a: statistics.mean(b) for a, b in sorted(areas.items())},
         "above": {n: one["loss"] for n, one in found.items() if not one["below_probe"]},
         "unfinished": unfinished,
         "methods": found,
@@ -246,23 +281,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", help="names with commas between them; all by default")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--setting", choices=list(SETTINGS), default="text")
+    parser.add_argument("--steps", type=int, help="per run; by default the setting's")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side, one thread each")
     parser.add_argument("--summary", action="store_true", help="sum up what was run, run nothing")
     parser.add_argument("--again", action="store_true", help="also run what failed before")
-    parser.add_argument("--rows", type=Path, default=RESULTS / "deltas.jsonl")
-    parser.add_argument("--out", type=Path, default=RESULTS / "deltas.json")
+    parser.add_argument("--rows", type=Path, help="file of the rows")
+    parser.add_argument("--out", type=Path, help="file of the summary")
     options = parser.parse_args()
-    kept = Rows(options.rows, options.again)
+    setting = SETTINGS[options.setting]
+    kept = Rows(options.rows or RESULTS / f"{setting.file}.jsonl", options.again)
+    steps = options.steps or setting.steps
     if options.summary:
-        found = summary(kept, options.steps)
-        write_json(options.out, found)
+        found = summary(kept, steps, setting)
+        write_json(options.out or RESULTS / f"{setting.file}.json", found)
         print(json.dumps({k: v for k, v in found.items() if k not in ("methods", "rows")}, indent=1))
         return
-    chosen, steps = methods(options.methods), options.steps
-    carry_out(kept, [job for job in first_jobs(chosen, steps) if job not in kept], options.workers)
+    chosen = methods(options.methods, setting)
+    carry_out(kept, [job for job in first_jobs(chosen, steps) if job not in kept], options.workers, setting)
     while todo := [job for job in further_jobs(chosen, kept, steps) if job not in kept]:
-        carry_out(kept, todo, options.workers)
+        carry_out(kept, todo, options.workers, setting)
 
 
 if __name__ == "__main__":

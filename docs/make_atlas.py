@@ -29,6 +29,7 @@ CAPABILITIES = {
     "several": "two_adaptations_apart",
 }
 COUNTED = "trainable_count_equals_formula"
+PROBE = "linear_probe"  # the measure of the others, without a row of its own
 INTRODUCTION = """# Atlas of methods
 
 Written by `make atlas` from the catalog and from result files; not by hand. `tunewise methods` lists the same methods,
@@ -84,10 +85,10 @@ def able(checks: dict[str, Any], check: str) -> str:
 
 
 def measured(name: str, trained: dict[str, Any]) -> list[str]:
-    """Validation loss, accuracy, time of a step (LoRA's is 1)."""
+    """Validation loss, accuracy, time of a step (LoRA's is 1); nothing where the method was not tried."""
     one, lora = (trained.get("methods", {}).get(n) or {} for n in (name, "lora"))
     if one.get("loss") is None:
-        return ["", "", ""]
+        return ["failed" if one else "", "", ""]
     whole = lora.get("loss") is not None
     pace = f"{one['seconds_per_step'] / lora['seconds_per_step']:.2f}" if whole else ""
     return [f"{one['loss']:.3f}", f"{one['accuracy']:.3f}", pace]
@@ -113,7 +114,11 @@ def sources(method: Method) -> str:
     return ", ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in numbers)
 
 
-def row(method: Method, checks: dict[str, Any], trained: dict[str, Any]) -> list[str]:
+def row(method: Method, checks: dict[str, Any], trained: list[dict[str, Any]]) -> list[str]:
+    figures = [cell for found in trained for cell in measured(method.name, found)]
+    waiting = {PROBE}.union(*(found.get("unfinished", ()) for found in trained))
+    if any(trained) and not any(figures) and method.name not in waiting:
+        figures[0] = "random models only"
     return [
         method.area,
         f"**{method.name}**: {escaped(method.facts.get('title', method.name))}",
@@ -121,7 +126,7 @@ def row(method: Method, checks: dict[str, Any], trained: dict[str, Any]) -> list
         sources(method),
         code(f'tunewise tune MODEL DATA --method "{method.name}"'),
         *(able(checks, check) for check in CAPABILITIES.values()),
-        *measured(method.name, trained),
+        *figures,
         code(options(method)),
         escaped(method.facts.get("unverified", "")),
     ]
@@ -131,18 +136,24 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def training(trained: dict[str, Any]) -> list[str]:
+def training(trained: list[dict[str, Any]]) -> list[str]:
     """What the measured columns mean."""
-    if not trained:
+    there = [found for found in trained if found]
+    if not there:
         return []
-    probe = trained["probe"]
-    return [
-        f"*loss*, *accuracy* and *step* were measured by `benchmarks/deltas.py`: {trained['model']} on "
-        f"{trained['data']}, {trained['steps']} steps, validation rows, mean of {len(trained['seeds'])} seeds at the "
-        f"best of three rates; the linear probe has {probe['loss']:.3f} and {probe['accuracy']:.3f}. *step* is CPU "
-        "time, LoRA's is 1.",
+    lines = [
+        "*loss*, *accuracy* and *step* were measured by `benchmarks/deltas.py`: validation rows, mean over the seeds "
+        "at the best of three rates. *step* is CPU time, LoRA's is 1.",
         "",
     ]
+    for found in there:
+        probe, where = found["probe"], " (on images)" if found is trained[1] else ""
+        lines.append(
+            f"- {found['model']} on {found['data']}{where}: {found['steps']} steps, {len(found['seeds'])} seeds; the "
+            f"linear probe has {probe['loss']:.3f} and {probe['accuracy']:.3f}"
+        )
+    unreal = "*random models only*: checked on models with random weights, not trained on real data here."
+    return [*lines, f"- {unreal}", ""]
 
 
 def refusals(capabilities: dict[str, Any], names: list[str]) -> list[str]:
@@ -169,10 +180,11 @@ def refusals(capabilities: dict[str, Any], names: list[str]) -> list[str]:
 
 def render() -> str:
     """The whole page."""
-    capabilities, trained = read("capabilities.json"), read("deltas.json")
+    capabilities, trained = read("capabilities.json"), [read("deltas.json"), read("vision.json")]
     found = catalog()
     heads = ["area", "method", "equation", "arXiv", "use", *CAPABILITIES]
-    heads += ["loss", "accuracy", "step", "options and defaults", "our own reading"]
+    heads += ["loss", "accuracy", "step", "image loss", "image accuracy", "image step"]
+    heads += ["options and defaults", "our own reading"]
     rows = [row(m, capabilities.get(m.name, {}), trained) for m in found]
     lines = [INTRODUCTION, *training(trained), f"{len(found)} methods:", "", *table(heads, rows)]
     return "\n".join([*lines, *refusals(capabilities, [m.name for m in found])]) + "\n"

@@ -63,9 +63,12 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "seeds": [0, 1],
         "probe": {"loss": 0.42, "accuracy": 0.8},
         "methods": {"lora": figures, "oft": {**figures, "seconds_per_step": 1.0}, "full": {"loss": None}},
+        "unfinished": ["dora"],
     }
+    pictured = {**trained, "methods": {"vpt": figures}, "unfinished": []}
     (tmp_path / "capabilities.json").write_text(json.dumps(found))
     (tmp_path / "deltas.json").write_text(json.dumps(trained))
+    (tmp_path / "vision.json").write_text(json.dumps(pictured))
     monkeypatch.setattr(make_atlas, "RESULTS", tmp_path)
     return tmp_path
 
@@ -73,10 +76,17 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_columns_come_from_the_result_files(results: Path) -> None:
     text = make_atlas.render()
     lora, full, oft, other = (cells(text, n) for n in ("lora", "full", "oft", "dora"))
+    vpt, copilot = (cells(text, n) for n in ("vpt", "copilot"))
     assert (lora["merge"], lora["base at step 0"], lora["several"]) == ("yes", "yes", "")
-    assert (full["merge"], full["base at step 0"], full["loss"]) == ("yes", "no", "")
+    assert (full["merge"], full["base at step 0"], full["loss"]) == ("yes", "no", "failed")
     assert (oft["merge"], oft["several"]) == ("on llama", "failed")
     assert (oft["loss"], oft["accuracy"], oft["step"]) == ("0.250", "0.900", "2.00")
+    assert (vpt["loss"], vpt["image loss"], vpt["image step"]) == ("", "0.250", "")
+    assert (copilot["loss"], other["loss"], cells(text, "linear_probe")["loss"]) == (
+        "random models only",
+        "",
+        "",
+    )
     assert lora["step"] == "1.00" and other["merge"] == other["base at step 0"] == ""
     assert "- oft: refused." in text and "the linear probe has 0.420 and 0.800" in text
     assert "**full** is not taken by the llama of the suite: refused." in text

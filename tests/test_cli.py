@@ -95,7 +95,7 @@ def finished(tmp_path: Path) -> str:
         ("tune m d --steps 2.5 --method lora", 'tune: --steps takes a whole number, not "2.5".'),
         ("tune m d extra --method lora", 'tune takes no argument "extra"; see its --help.'),
         ("tune m d --method lora --set lr", '--set takes name=value, not "lr".'),
-        ("export run --to peftt --out x", 'export: --to takes peft or lora or hf, not "peftt".'),
+        ("export run --to peftt --out x", 'export: --to takes peft or lora or hf or tunewise, not "peftt".'),
         ("merge run", "merge needs --out."),
         ("predict run", "predict needs ROWS."),
         ("predict no/such rows.csv", "The run folder no/such does not exist."),

@@ -28,7 +28,9 @@ def rows(name: str, losses: list[float | None], seeds: int = 3) -> list[dict[str
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deltas.Rows:
-    monkeypatch.setattr(deltas, "method_names", lambda: ["bitfit", "dora", "full", "linear_probe", "lora"])
+    monkeypatch.setattr(
+        deltas, "read_methods", lambda given: ["bitfit", "dora", "full", "linear_probe", "lora"]
+    )
     probe = {"method": "linear_probe", "lr": None, "seed": 0, "steps": None}
     found = deltas.Rows(tmp_path / "rows.jsonl")
     everything = [probe | {"loss": 0.42, "accuracy": 0.83, "trainable": 5}, *rows("lora", [0.5, 0.4, None])]
@@ -85,3 +87,14 @@ def test_a_rate_at_which_a_seed_fails_does_not_lead(kept: deltas.Rows) -> None:
 def test_other_names_are_refused() -> None:
     with pytest.raises(UserError, match='did you mean "lora"'):
         deltas.methods("lorra")
+
+
+def test_images_are_a_setting_of_their_own(kept: deltas.Rows) -> None:
+    vision = deltas.SETTINGS["vision"]
+    assert deltas.methods(None, vision) == list(vision.names or ())
+    assert all(get_method(name).lr for name in vision.names or ())
+    found = deltas.summary(kept, 10, vision)
+    assert (found["model"], found["data"], found["train"]) == ("dinov2-small", "fashion", vision.train)
+    assert set(found["methods"]) == {"lora"} and "vpt" in found["unfinished"]
+    with pytest.raises(UserError, match="dora"):
+        deltas.methods("dora", vision)

@@ -58,7 +58,7 @@ class Result:
         }
 
     def predict(self, rows: Any, *, max_new_tokens: int = 256) -> list[dict[str, Any]]:
-        """One dict per row: its id and the prediction (for language models the greedy answer as text)."""
+        """One dict per row: its id, the place of an image, the prediction (of language models the greedy answer)."""
         assert self._run is not None
         from tunewise.loop.evaluate import predict_rows
         from tunewise.task import CausalLM, generate
@@ -71,7 +71,10 @@ class Result:
         else:
             examples = task.encode(data, self.tokenizer, self._run.recipe.single("head"), labelled=False)
             found, _ = predict_rows(self._run, examples)
-        return [{"id": row["id"], "prediction": value} for row, value in zip(data, found, strict=True)]
+        return [
+            {"id": row["id"], **_files(row), "prediction": value}
+            for row, value in zip(data, found, strict=True)
+        ]
 
     def evaluate(self, rows: Any) -> dict[str, float]:
         """The task's metrics on labelled rows."""
@@ -155,6 +158,13 @@ def _table(rows: Any) -> list[dict[str, Any]]:
     from tunewise.data import read_rows
 
     return read_rows(rows).rows
+
+
+def _files(row: dict[str, Any]) -> dict[str, str]:
+    """Where the images of a row come from, as a hash tells nobody."""
+    from tunewise.data.image import Picture
+
+    return {name: value.where for name, value in row.items() if isinstance(value, Picture)}
 
 
 def predict(run: str | Path, rows: Any, *, device: str = "auto") -> list[dict[str, Any]]:

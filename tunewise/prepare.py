@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tunewise.core.compat import check
-from tunewise.core.errors import UserError
+from tunewise.core.errors import UserError, did_you_mean
 from tunewise.core.method import read_recipe
 from tunewise.core.recipe import Recipe
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tunewise.data import Splits
     from tunewise.task import Task
 
-__all__ = ["Data", "Prepared", "RowArgs", "complete", "default_sizes", "encode", "load_base", "prepare_data"]
+__all__ = ["Data", "Prepared", "RowArgs", "carry", "complete", "default_sizes", "encode", "load_base"]
+__all__ += ["prepare_data"]
 
 Say = Callable[[str], None]
 
@@ -26,11 +27,11 @@ Say = Callable[[str], None]
 class RowArgs(TypedDict, total=False):
     """What `tune`, `estimate` and `compare` take to find rows, as `prepare_data` reads it.
 
-    task        "classification", "regression", "causal" or a Task; detected if not given
+    task        "classification", "image_classification", "regression", "causal" or a Task; detected if not given
     train, valid, test   rows of these sets, in whatever form DATA may have
     text_column, label_column   names; "a,b" for pairs of texts
     metric      a name of the task's, or a function (predictions, references) -> float
-    max_length  tokens per row; skip_bad_rows leaves out unreadable rows, counted
+    max_length  tokens per row; image_size pixels along an edge; skip_bad_rows leaves out unreadable rows, counted
     """
 
     task: Any
@@ -41,6 +42,7 @@ class RowArgs(TypedDict, total=False):
     label_column: str | None
     metric: Any
     max_length: int | None
+    image_size: int | None
     skip_bad_rows: bool
 
 
@@ -79,6 +81,7 @@ def prepare_data(
     label_column: str | None = None,
     metric: Any = None,
     max_length: int | None = None,
+    image_size: int | None = None,
     skip_bad_rows: bool = False,
     say: Say,
 ) -> Data:
@@ -98,7 +101,8 @@ def prepare_data(
         columns, made = task.columns, task
     else:
         columns = detect_columns(rows, task=task, text_column=text_column, label_column=label_column)
-        made = make_task(columns.task, columns, max_length=max_length, metric=metric)
+        sizes = {} if image_size is None else {"image_size": image_size}
+        made = make_task(columns.task, columns, max_length=max_length, metric=metric, **sizes)
     rows = usable_rows(rows, columns, skip_bad_rows=skip_bad_rows)
     splits = split_rows(rows, columns)
     made.fit(splits.train)
@@ -144,7 +148,7 @@ def load_base(
     load = load or load_anew
     task = data.task
     if isinstance(model, torch.nn.Module):
-        if tokenizer is None:
+        if tokenizer is None and task.needs_tokenizer:
             raise UserError(
                 "A model given as an object needs its tokenizer: tune((model, tokenizer), ...) or tokenizer=."
             )
@@ -181,9 +185,24 @@ def encode(prepared: Prepared, names: tuple[str, ...], say: Say) -> None:
         rows = prepared.data.splits[name]
         if rows:
             prepared.examples[name] = task.encode(rows, prepared.tokenizer, head)
+            if name == "train":
+                carry(prepared.recipe, rows, prepared.examples[name])
     for note in dict.fromkeys(task.notes):
         say(note)
     task.notes.clear()
+
+
+def carry(recipe: Recipe, rows: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> None:
+    """Fields of training rows that a part reads (its `row_fields`) go with the encoded rows, as example["row"]."""
+    for _, part in recipe.parts():
+        for name in getattr(part, "row_fields", ()):
+            for row, example in zip(rows, examples, strict=True):
+                if name not in row:
+                    raise UserError(
+                        f"{type(part).__name__} reads the field {name!r}, which row {row['id']} does not have"
+                        f"{did_you_mean(name, row)}"
+                    )
+                example.setdefault("row", {})[name] = row[name]
 
 
 def default_sizes(task: str, device: str) -> dict[str, int]:

@@ -128,7 +128,8 @@ def _dry(prepared: Prepared, settings: Settings) -> Result:
 def _identity(prepared: Prepared, settings: Settings, seed: int) -> dict[str, Any]:
     from dataclasses import asdict
 
-    kept = {k: v for k, v in asdict(settings).items() if k != "checkpoint_every"}  # type: ignore[call-overload]
+    said = asdict(settings)  # type: ignore[call-overload]
+    kept = {k: v for k, v in said.items() if k not in ("checkpoint_every", "features")}
     return {
         "model": prepared.base,
         "data": prepared.data.sha256,
@@ -150,6 +151,7 @@ def _execute(
     final_test: bool,
 ) -> Result:
     from tunewise.core.run import Run
+    from tunewise.loop.feature_folder import FeatureFolder
     from tunewise.loop.features import frozen_features
     from tunewise.machine import PeakMemory, environment
 
@@ -176,7 +178,9 @@ def _execute(
     with Progress(progress, handle.recipe.name) as bar, PeakMemory(device) as memory:
         run.listen = _listener(record, bar, run)
         started = time.perf_counter()
-        with frozen_features(run, {}, limit_bytes=FEATURES, order=seed):
+        store = FeatureFolder(settings.features) if settings.features else {}
+        limit = store.room if isinstance(store, FeatureFolder) else FEATURES
+        with frozen_features(run, store, limit_bytes=limit, order=seed):
             handle.recipe.single("loop").run(run)  # type: ignore[union-attr]
         seconds = time.perf_counter() - started
         run.listen = lambda row: None

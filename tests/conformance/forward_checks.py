@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunewise.core.adaptation import handles
 from tunewise.core.delta import Delta, forms
 from tunewise.core.handle import Handle
+from tunewise.head import Copilot
 from tunewise.sites import Site, count_calls, find_sites, with_widths
 
-from .support import Case, close, gap, outputs, real_tokens
+from .support import IMAGES, Case, close, gap, outputs, real_tokens, remarks
 
 __all__ = [
     "check_bfloat16",
@@ -99,6 +101,8 @@ def check_calls(case: Case) -> None:
     before = [t.calls for _, _, t in handle.sites]
     calls = count_calls(model, lambda: outputs(model, batch), places)
     for was, place, (_, site, t) in zip(before, places, handle.sites, strict=True):
+        if t.part.slot == "head":  # reads what the model gives, after the pass
+            continue
         often = sum(any(f in forms(t.part) for f in group) for group in EQUATIONS)
         wanted = calls.count[place.name] * often
         if often:
@@ -116,7 +120,7 @@ def _places(handle: Handle) -> list[Any]:
     found = []
     for i, (_, site, t) in enumerate(handle.sites):
         module = site.exit if site.exit is not None else site.module
-        if "switch" in forms(t.part):
+        if "switch" in forms(t.part) and t.part.slot == "delta" and site.kind == "attention":
             module = attending_module(site.module, site.name)
         found.append(Site(name=f"{i}", kind="block", role="block", module=module))
     return found
@@ -142,6 +146,12 @@ def check_linear(case: Case) -> None:
         close(respond(shares * x + (1 - shares) * z), mixed, 1e-4, what)
 
 
+def _as_said(case: Case) -> Callable[[Tensor], Tensor]:
+    """Answers to compare: log p~ of a Copilot is arbitrarily steep where p + f falls to its floor, p~ is not."""
+    corrected = any(isinstance(p, Copilot) for p in case.parts["head"])
+    return (lambda answer: answer.softmax(-1)) if corrected else lambda answer: answer
+
+
 def check_bfloat16(case: Case) -> None:
     """`model.bfloat16()` casts the backbone, not the deltas; answers stay as close as the plain base's do."""
     batch = case.batch()
@@ -153,7 +163,8 @@ def check_bfloat16(case: Case) -> None:
             assert info.tensor.dtype == handle.dtype, f"{name} was cast to {info.tensor.dtype}"
     base_error = gap(outputs(plain.bfloat16(), batch), plain_wanted)
     answer = outputs(model, batch, grad=True)
-    close(answer, wanted, 4 * base_error + 0.02, "bfloat16 is far from float32")
+    view = _as_said(case)
+    close(view(answer), view(wanted), 4 * base_error + 0.02, "bfloat16 is far from float32")
     loss_of(answer).backward()
     for name, info in handle.tensors().items():
         assert info.tensor.grad is not None, f"{name} got no gradient in bfloat16"
@@ -166,6 +177,10 @@ def check_bfloat16(case: Case) -> None:
 def _padding_gaps(case: Case, adapted: bool) -> dict[str, float]:
     model = case.adapted()[0] if adapted else case.model()
     lengths, found = (9, 5), {}
+    if case.base == IMAGES:  # nothing is padded, but rows must not change each other
+        batch = case.batch(lengths)
+        alone = outputs(model, {k: v[1:] for k, v in batch.items()})[0]
+        return {"no side": gap(outputs(model, batch)[1], alone)}
     alone = outputs(model, {k: v[1:, :5] for k, v in case.batch(lengths, counted=True).items()})[0]
     for side in ("right", "left"):
         batch = case.batch(lengths, pad=side, counted=True)
@@ -204,13 +219,29 @@ def check_checkpointing(case: Case) -> None:
     _close_gradients(saving, eager, "under gradient checkpointing")
 
 
-def _close_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+def _close_gradients(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], what: str, rounding: float = 1e-4
+) -> None:
     largest = max(float(g.abs().max()) for g in wanted.values())
     for name, grad in wanted.items():
         far = float((found[name] - grad).abs().max())
         # a key bias has no true gradient: its rounding errors are measured against the others
-        allowed = 1e-4 * float(grad.abs().max()) + 1e-6 * largest
+        allowed = rounding * float(grad.abs().max()) + 1e-6 * largest
         assert far <= allowed, f"the gradient of {name} {what} is {far:.1e} off"
+
+
+def _compiled_answer(model: nn.Module, batch: dict[str, Tensor], whole: bool = True) -> Tensor:
+    twin = copy.copy(model)  # the same modules, compiled
+    twin.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=whole)  # type: ignore[method-assign]
+    assert handles(twin) is handles(model)
+    try:
+        return outputs(twin, batch, grad=True)
+    except torch._dynamo.exc.Unsupported as error:
+        if not whole or "logging.Logger" not in str(error):
+            raise
+        remarks["refused"] = "Not in one graph: here transformers logs a warning amid the forward pass."
+        torch._dynamo.reset()
+        return _compiled_answer(model, batch, whole=False)
 
 
 def check_compiles(case: Case) -> None:
@@ -223,10 +254,9 @@ def check_compiles(case: Case) -> None:
     eager = {n: i.tensor.grad.clone() for n, i in handle.tensors().items() if i.tensor.grad is not None}
     for p in handle.parameters():
         p.grad = None
-    twin = copy.copy(model)  # the same modules, compiled
-    twin.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
-    assert handles(twin) is handles(model)
-    found = outputs(twin, batch, grad=True)
-    close(found, wanted, 1e-5, "the compiled answer")
+    found = _compiled_answer(model, batch)
+    close(found, wanted, 5e-5, "the compiled answer")
     loss_of(found).backward()
-    _close_gradients({n: i.tensor.grad for n, i in handle.tensors().items() if n in eager}, eager, "compiled")  # type: ignore[misc]
+    _close_gradients(
+        {n: i.tensor.grad for n, i in handle.tensors().items() if n in eager}, eager, "compiled", 5e-4
+    )  # type: ignore[misc]

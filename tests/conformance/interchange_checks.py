@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from tunewise.core.handle import Handle
 from tunewise.interop.export import export
 from tunewise.interop.peft import read_peft
 
-from .support import Case, close, outputs, remarks
+from .support import Case, close, model_outputs, remarks
 
 __all__ = ["check_export_lora", "check_peft"]
 
@@ -46,16 +47,21 @@ def _like(found: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def check_peft(case: Case, folder: Path) -> None:
-    """A PEFT checkpoint is refused in words, or gives the answer again in PEFT and, read back, here."""
+    """A PEFT checkpoint is refused in words, or gives the answer again in PEFT and, read back, here.
+
+    Decoders get padding on the left: where they classify behind a prompt, PEFT takes padding on the right for text.
+    """
     model, handle = case.adapted()
-    batch = case.batch()
+    batch = case.batch(pad="left" if case.base == "llama" else "right")
     if _written(handle, "peft", folder / "out") is None:
         return
-    wanted = outputs(model, batch)
-    _like(outputs(_loaded(case.model(), folder / "out"), batch), wanted, "PEFT's answer")
+    wanted = model_outputs(model, batch)
+    tasks = {"task_ids": torch.zeros(len(wanted), dtype=torch.long)}  # PEFT has no task of its own
+    more = tasks if any(hasattr(p, "tasks") for p in case.parts["delta"]) else {}
+    _like(model_outputs(_loaded(case.model(), folder / "out"), batch | more), wanted, "PEFT's answer")
     if any(t.meta for _, _, t in handle.sites if t.part.slot == "delta"):
         read_peft(again := case.model(), folder / "out")
-        _like(outputs(again, batch), wanted, "the answer of what was read back")
+        _like(model_outputs(again, batch), wanted, "the answer of what was read back")
 
 
 def check_export_lora(case: Case, folder: Path) -> None:
@@ -66,7 +72,11 @@ def check_export_lora(case: Case, folder: Path) -> None:
     if facts is None:
         return
     if facts["relative_error"] <= EXACT:
-        _like(outputs(_loaded(case.model(), folder / "out"), batch), outputs(model, batch), "PEFT's answer")
+        _like(
+            model_outputs(_loaded(case.model(), folder / "out"), batch),
+            model_outputs(model, batch),
+            "PEFT's answer",
+        )
         return
     remarks["inexact"] = f"{facts['relative_error']:.2f}"
     factors, plain = load_file(folder / "out" / "adapter_model.safetensors"), case.model()

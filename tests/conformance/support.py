@@ -21,13 +21,17 @@ from tunewise.core.handle import Handle, attach
 from tunewise.core.merge import mergeable
 from tunewise.core.method import get_method, method_names
 from tunewise.core.recipe import Recipe
+from tunewise.head import GapHead
 
 from . import third_party  # noqa: F401 - its method joins the catalog, as a user's own does
 
-__all__ = ["BASES", "Case", "close", "each", "fresh", "gap", "outputs", "perturb"]
+__all__ = ["BASES", "IMAGES", "Case", "close", "each", "fresh", "gap", "outputs", "perturb", "tokenizer_of"]
 __all__ += ["close_as_rounded", "real_tokens", "refused", "remarks", "same"]
 
 BASES = ("roberta", "llama")
+IMAGES = "vit"
+"""The base of methods that read images (`inputs="images"`), and of a few others besides: a random ViT."""
+ALSO_IMAGES = ("bitfit", "lora", "lst", "prefix_tuning", "series_adapter", "vpt", "vqt")
 remarks: dict[str, str] = {}
 """What the running check found out beside passing, as `conftest.py` writes it down: "refused", "inexact"."""
 PADS = {"roberta": 1, "llama": 0}
@@ -36,7 +40,9 @@ AUTO = {
     "masked_lm": "AutoModelForMaskedLM",
     "causal_lm": "AutoModelForCausalLM",
     "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
 }
+PLAIN = {"roberta": "masked_lm", "llama": "causal_lm", IMAGES: "image_classification"}
 
 
 @cache
@@ -50,11 +56,24 @@ def _base(base: str, kind: str) -> nn.Module:
     auto = getattr(transformers, AUTO[kind])
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
-        if base == "llama":
-            return tiny("llama") if kind == "causal_lm" else auto.from_config(tiny("llama").config).eval()
+        if base != "roberta":
+            return tiny(base) if kind == PLAIN[base] else auto.from_config(tiny(base).config).eval()
         options = {"add_pooling_layer": False} if kind == "base" else {}
         model: nn.Module = auto.from_pretrained(model_path("tiny-roberta"), **options)
     return model.eval()
+
+
+@cache
+def tokenizer_of(base: str) -> Any:
+    """The real model's own tokenizer; one of a few words for the random model, none for images."""
+    if base == IMAGES:
+        return None
+    from transformers import AutoTokenizer
+
+    from tests.task.tiny import tiny_tokenizer
+    from tunewise.assets import model_path
+
+    return tiny_tokenizer() if base == "llama" else AutoTokenizer.from_pretrained(model_path("tiny-roberta"))
 
 
 def fresh(base: str, kind: str) -> nn.Module:
@@ -91,7 +110,7 @@ class Case:
 
     def kind(self, recipe: Recipe) -> str:
         """Which model class the recipe's head reads; without a head the language model."""
-        plain = "masked_lm" if self.base == "roberta" else "causal_lm"
+        plain = PLAIN[self.base]
         head: Any = recipe.single("head")
         return plain if head is None else str(head.auto_for(_base(self.base, plain).config))
 
@@ -122,7 +141,7 @@ class Case:
         recipe = self.recipe()
         task = SimpleNamespace(name="classification", labels=["a", "b"])
         for head in recipe["head"]:
-            head.setup(task, None, model)  # type: ignore[attr-defined]
+            head.setup(task, tokenizer_of(self.base), model)  # type: ignore[attr-defined]
         return attach(model, recipe, seed=seed, **options)
 
     def adapted(self, seed: int = 1) -> tuple[nn.Module, Handle]:
@@ -135,14 +154,20 @@ class Case:
     ) -> dict[str, Tensor]:
         """Model inputs of random tokens; row i is the same text whatever the others and the padding are.
 
-        With `counted`, decoders get positions counted from the mask, as `generate` gives them.
+        For image models every row is an image. With `counted`, decoders get positions counted from the mask, as
+        `generate` gives them.
         """
+        if self.base == IMAGES:
+            makers = [torch.Generator().manual_seed(i * 1000 + n) for i, n in enumerate(lengths)]
+            return {"pixel_values": torch.stack([torch.randn(3, 16, 16, generator=m) for m in makers])}
         width, pad_id = max(lengths), PADS[self.base]
         ids = torch.full((len(lengths), width), pad_id)
         mask = torch.zeros(len(lengths), width, dtype=torch.long)
         for i, n in enumerate(lengths):
             text = torch.randint(4, 24, (n,), generator=torch.Generator().manual_seed(i * 1000 + n))
             where = slice(width - n, width) if pad == "left" else slice(n)
+            if self.base == "roberta" and any(isinstance(h, GapHead) for h in self.parts["head"]):
+                text[-1] = tokenizer_of(self.base).mask_token_id
             ids[i, where], mask[i, where] = text, 1
         found = {"input_ids": ids, "attention_mask": mask}
         if counted and self.base == "llama":
@@ -158,7 +183,9 @@ def each(*bases: str, when: Callable[[Case], bool] = lambda case: True) -> pytes
     cases: list[Any] = []
     for name in method_names():
         found = get_method(name)
-        for base in bases or BASES:
+        also = (IMAGES,) if not bases and name in ALSO_IMAGES else ()
+        only = (IMAGES,) if found.facts.get("inputs") == "images" else None
+        for base in only or (*(bases or BASES), *also):
             case = Case(name, found, base, lr=found.lr[1] if found.lr else 1e-3)
             if when(case):
                 cases.append(pytest.param(case, id=case.id))
@@ -168,13 +195,29 @@ def each(*bases: str, when: Callable[[Case], bool] = lambda case: True) -> pytes
 def outputs(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> Tensor:
     """The answer: logits of an adaptation's head if there is one, else the model's or its hidden states."""
     with torch.set_grad_enabled(grad):
-        found = model(**batch)
+        asks: dict[str, Any] = {}
+        for handle in handles(model).values():
+            for head in handle.recipe["head"]:
+                asks |= head.asks
+        found = model(**batch, **asks)
         for handle in handles(model).values():
             for _, _, t in handle.sites:
                 if t.part.slot == "head" and (handle.active or handle.merged is not None):
-                    view = SimpleNamespace(inputs=batch, ids=[str(i) for i in range(len(batch["input_ids"]))])
+                    view = SimpleNamespace(
+                        inputs=batch, ids=[str(i) for i in range(len(next(iter(batch.values()))))]
+                    )
                     return t.part.logits(t.cast(torch.float32), found, view)  # type: ignore[no-any-return]
-        return found.logits if "logits" in found else found.last_hidden_state  # type: ignore[no-any-return]
+        return _of_model(found)
+
+
+@torch.no_grad()
+def model_outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """What the model itself answers, whatever a head reads out of that: other libraries' files hold this much."""
+    return _of_model(model(**batch))
+
+
+def _of_model(found: Any) -> Tensor:
+    return found.logits if "logits" in found else found.last_hidden_state  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -217,7 +260,7 @@ def same(found: Tensor, wanted: Tensor, what: str) -> None:
 
 def real_tokens(values: Tensor, batch: dict[str, Tensor], row: int) -> Tensor:
     """The answer for one row without what stands at padding."""
-    if values.dim() == 3 and values.shape[1] == batch["input_ids"].shape[1]:
+    if values.dim() == 3 and "input_ids" in batch and values.shape[1] == batch["input_ids"].shape[1]:
         return values[row][batch["attention_mask"][row].bool()]
     return values[row]
 

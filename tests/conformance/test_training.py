@@ -9,7 +9,7 @@ import pytest
 from tunewise.core.method import method_names
 
 from . import training_checks as checks
-from .support import BASES, Case, each
+from .support import BASES, IMAGES, Case, each
 
 
 @each("roberta")
@@ -47,4 +47,4 @@ def test_own_loop_is_deterministic(case: Case) -> None:
 def test_some_base_accepts(method: str) -> None:
     from tunewise.core.method import get_method
 
-    assert any(checks.accepted(Case(method, get_method(method), base)) for base in BASES)
+    assert any(checks.accepted(Case(method, get_method(method), base)) for base in (*BASES, IMAGES))

@@ -47,14 +47,14 @@ def ready(name: str, **options: Any) -> ClozeHead:
 def test_masked_model() -> None:
     head = ready("roberta")
     assert head.render("Film {mask} {text}") == "Film {mask} {text} It was [MASK]."
-    assert (head.mask_id, head.words) == (2, [7, 6])
+    assert (head.mask_id, head.words, head.counts) == (2, [[7, 6]], [1, 1])
     assert ready("roberta", template="{mask} - {text}").render("plot") == "[MASK] - plot"
 
 
 def test_causal_model_ends_before_the_gap() -> None:
     head = ready("gpt2")
     assert head.render("Film") == "Film It was"
-    assert (head.mask, head.mask_id, head.words) == ("", None, [7, 6])
+    assert (head.mask, head.mask_id, head.words) == ("", None, [[7, 6]])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -102,7 +102,7 @@ def test_attached_to_a_model_and_described() -> None:
 def test_label_names_are_the_words_by_default() -> None:
     head = ClozeHead()
     head.setup(SimpleNamespace(labels=["bad", "good"]), tokenizer(), tiny("roberta"))
-    assert head.words == [7, 6]
+    assert head.words == [[7, 6]]
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,75 @@ def test_refused_models() -> None:
         ClozeHead().setup(SimpleNamespace(name="regression"), tokenizer(), tiny("roberta"))
     with pytest.raises(UserError, match="call setup"):
         ClozeHead().render("film")
+
+
+MANY = ["{text} It was {mask}.", "{mask} - {text}", "so {mask} {text}"]
+SEVERAL = {"neg": ["bad", "plot"], "pos": ["good", "film"]}
+
+
+def viewed(head: ClozeHead, texts: list[str], side: str = "right") -> Any:
+    """A batch as the task makes it: each row in every template."""
+    from tunewise.data import Columns
+    from tunewise.task import make_task
+
+    task: Any = make_task("classification", Columns(("text",), "label", "classification"))
+    task.labels = ["neg", "pos"]
+    rows = [{"id": f"row{i}", "text": text, "label": "neg"} for i, text in enumerate(texts)]
+    return task.collate(task.encode(rows, tokenizer(), head), tokenizer(), side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_templates_are_averaged_and_words_pooled(pool: str, side: str) -> None:
+    head = ready("roberta", template=MANY, verbalizer=SEVERAL, pool=pool)
+    rows = viewed(head, ["film", "so a plot [MASK] film"], side)
+    assert len(rows.inputs["input_ids"]) == 6 and len(rows) == 2
+    values = torch.randn(*rows.inputs["input_ids"].shape, len(WORDS))
+    found = head.logits(None, SimpleNamespace(logits=values), rows)
+    at = [(i == 2) for i in rows.inputs["input_ids"]]
+    gaps = [[p.nonzero()[-1, 0] if k % 3 == 0 else p.nonzero()[0, 0] for k, p in enumerate(at)]]
+    z = torch.stack([values[i, p] for i, p in enumerate(gaps[0])])
+    choose = {"max": lambda x: x.amax(1), "mean": lambda x: x.mean(1)}[pool]
+    each = torch.stack([choose(z[:, [7, 9]]), choose(z[:, [6, 8]])], 1)
+    assert torch.allclose(found, each.view(2, 3, 2).mean(1), atol=1e-6)
+
+
+def test_the_order_of_templates_changes_nothing_and_nothing_is_new() -> None:
+    model, found = tiny("roberta"), []
+    for templates in (MANY, MANY[::-1]):
+        head = ready("roberta", template=templates, verbalizer=SEVERAL)
+        with torch.no_grad():
+            rows = viewed(head, ["film", "a plot"])
+            found.append(head.logits(None, model(**rows.inputs), rows))
+    assert torch.allclose(*found, atol=1e-6)
+    assert attach(model, head).trainable == 0
+
+
+def test_long_texts_are_cut_and_every_template_stays_whole() -> None:
+    from tunewise.task.text import encode_for
+
+    head = ready("roberta", template=MANY)
+    found, cut = encode_for(head, [("film plot " * 9,), ("a",)], tokenizer(), 8)
+    lines = [found[0], *found[0]["views"]]
+    assert cut == 1 and all(len(line["input_ids"]) <= 8 and 2 in line["input_ids"] for line in lines)
+    assert len(lines) == 3
+
+
+def test_label_names_that_are_no_words_get_tokens_and_the_user_is_told() -> None:
+    task = SimpleNamespace(labels=["awful", "good", "fair play"], notes=[])
+    head = ClozeHead(stand_in=True)
+    head.setup(task, tokenizer(), tiny("roberta"))
+    assert head.words is not None and len(set(head.words[0])) == 3 and head.words[0][1] == 6
+    assert not set(head.words[0]) & {0, 1, 2, 3} and '"fair play"' in task.notes[0]
+    with pytest.raises(UserError, match='"awful" is unknown|"awful" of the label'):
+        ClozeHead(stand_in=True, verbalizer={"awful": "awful", "good": "good", "fair play": "film"}).setup(
+            task, tokenizer(), tiny("roberta")
+        )
+
+
+def test_rows_that_do_not_fit_the_templates_are_refused() -> None:
+    head = ready("roberta", template=MANY)
+    rows = viewed(head, ["film", "a plot"])
+    rows.ids = ["a", "b", "c", "d"]
+    with pytest.raises(UserError, match="are not 6 lines"):
+        head.logits(None, SimpleNamespace(logits=torch.zeros(6, 20, len(WORDS))), rows)

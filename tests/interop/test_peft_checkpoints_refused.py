@@ -56,7 +56,7 @@ peft = pytest.importorskip("peft")
         ("llama", [Scale("down"), InputScale("down")], "one IA3 per module"),
         ("bert", [Scale("query"), ExistingWeights("query", "bias")], "keeps no biases beside IA3"),
         ("bert", "bitfit", "holds no other parameters of the blocks, and"),
-        ("bert", "prefix_tuning(tokens=2)", "in which prefixes shift the positions"),
+        ("bert", "prefix_tuning(tokens=2)", "add ShiftedPositions to the recipe"),
         ("bert", ExistingWeights("query"), "or trained norms; export to hf"),
     ],
 )

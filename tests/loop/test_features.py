@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests.models import tiny
+from tunewise.core.errors import UserError
 from tunewise.core.forward import Forward
 from tunewise.core.handle import attach
 from tunewise.core.run import Run
@@ -298,6 +299,16 @@ def test_gradient_checkpointing_gives_the_same() -> None:
     _, *checkpointed = learn(run_of(model("bert"), "partial", gradient_checkpointing=True), {})
     assert checkpointed[0] == pytest.approx(plain[0], rel=1e-4)
     assert checkpointed[1] == plain[1]
+
+
+@pytest.mark.parametrize("method", ["lst(reduction=4)", "lora + ladder"])
+def test_checkpointing_is_refused_where_it_saves_nothing(method: str) -> None:
+    run = run_of(model("bert"), method, gradient_checkpointing=True)
+    with pytest.raises(
+        UserError, match="saves nothing with Ladder.*: beside a side network the backbone stays"
+    ):
+        run.recipe.single("loop").run(run)  # type: ignore[union-attr]
+    assert not run.model.is_gradient_checkpointing
 
 
 def test_another_active_adaptation_is_computed_for_real() -> None:

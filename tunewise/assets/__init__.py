@@ -5,11 +5,12 @@
 """
 
 from tunewise.assets.fetch import cache_dir
-from tunewise.assets.index import DATA, MODELS, Asset, FixedSplits, fixed_splits
+from tunewise.assets.index import ALIASES, DATA, MODELS, Asset, FixedSplits, fixed_splits
 from tunewise.assets.models import model_path
 from tunewise.assets.rows import demo_rows
 
 __all__ = [
+    "ALIASES",
     "DATA",
     "MODELS",
     "Asset",

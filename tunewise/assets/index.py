@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 from tunewise.core.errors import UserError, did_you_mean
 
-__all__ = ["DATA", "MODELS", "Asset", "FixedSplits", "entry", "fixed_splits"]
+__all__ = ["ALIASES", "DATA", "MODELS", "Asset", "FixedSplits", "entry", "fixed_splits"]
+
+ALIASES = {"dinov2": "dinov2-small"}
+"""Short names of demo models that name no hub model."""
 
 
 class FixedSplits(NamedTuple):
@@ -60,6 +63,7 @@ DATA: Mapping[str, Asset] = _read(_INDEX["data"])
 def entry(name: str, index: Mapping[str, Asset], kind: str) -> Asset:
     """The asset called `name` (a leading `demo:` is allowed); UserError with near names otherwise."""
     plain = name.removeprefix("demo:")
+    plain = ALIASES.get(plain, plain)
     if plain not in index:
         raise UserError(f'There is no demo {kind} "{plain}"{did_you_mean(plain, index)}')
     return index[plain]

@@ -27,12 +27,16 @@ def demo_rows(name: str, progress: Progress | None = None) -> list[Row]:
     """Rows of a demo data set; `reviews*` ship with Tunewise, the others are fetched once.
 
     Columns: reviews* `id, text, label, rating`; gsm8k `question, answer, final`; bbc `id, title, text,
-    label`; peptides `sequence, label`. UserError for an unknown name (with near ones) or when nothing can be
-    fetched.
+    label`; peptides `sequence, label`; fashion `image, label` (PNG bytes). UserError for an unknown name (with near
+    ones) or when nothing can be fetched.
     """
     asset = entry(name, DATA, "data set")
     if asset.converter == "reviews":
         return _reviews(asset)
+    if asset.converter == "fashion":
+        from tunewise.assets.images import fashion_rows
+
+        return fashion_rows(asset, progress)
     read = _READERS[asset.converter]
 
     def make(target: Path) -> None:

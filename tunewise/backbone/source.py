@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewise.assets import MODELS, model_path
+from tunewise.assets import ALIASES, MODELS, model_path
 from tunewise.core.errors import UserError, did_you_mean
 
 __all__ = ["Source", "fetch", "find_source"]
@@ -47,7 +47,7 @@ def find_source(
         return Source(text, str(_checked_folder(path)), True)
     if isinstance(name, Path) or text[0] in "./~" or "\\" in text or os.path.isabs(text):
         raise UserError(f'The model folder "{text}" does not exist.')
-    if text in MODELS:
+    if text in MODELS or text in ALIASES:
         return Source(text, str(model_path(text, note)), True)
     if not HUB_ID.fullmatch(text):
         raise UserError(

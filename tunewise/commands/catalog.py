@@ -81,10 +81,11 @@ def show(
 
 def _attach(recipe: Any, name: str) -> Any:
     """Attaches on the meta device: shapes and counts without loading a weight."""
-    from tunewise.backbone import load
+    from tunewise.backbone import backbone_config, load
     from tunewise.core.handle import attach
 
-    auto = next((getattr(head, "auto", "base") for head in recipe["head"]), "base")
+    config = backbone_config(name)
+    auto = next((head.auto_for(config) for head in recipe["head"]), "base")
     labels = ["0", "1"] if auto in ("sequence_classification", "image_classification") else None
     model, _ = load(name, auto=auto, labels=labels, meta=True)
     return attach(model, recipe, undo=False)

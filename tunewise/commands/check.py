@@ -14,6 +14,7 @@ __all__ = ["check"]
 QUIET = Output()
 CLASSES_SHOWN = 20
 ROWS_MEASURED = 1000
+IMAGES = "image_classification"
 
 
 def check(
@@ -27,7 +28,7 @@ def check(
     skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False,
     output: Output = QUIET,
 ) -> None:
-    """Check DATA before training: rows, columns, splits, classes; with --model also lengths in tokens."""
+    """Check DATA before training: rows, columns, splits, classes, sizes of images; with --model lengths in tokens."""
     from tunewise.data import detect_columns, read_rows, split_rows, usable_rows
 
     rows = read_rows(data, skip_bad_rows=skip_bad_rows)
@@ -45,16 +46,25 @@ def check(
         "label": columns.label,
         **{name: len(part) for name, part in splits.items()},
     }
-    human = dict(found)
-    if columns.task == "classification" and columns.label is not None:
+    human = {"image" if k == "text" and columns.task == IMAGES else k: v for k, v in found.items()}
+    if columns.task.endswith("classification") and columns.label is not None:
         counts = Counter(str(row.get(columns.label)) for row in rows.rows)
         found["classes"] = dict(counts.most_common())
         shown = [f"{name} {count:,}" for name, count in counts.most_common(CLASSES_SHOWN)]
         human["classes"] = ", ".join(shown) + (", ..." if len(counts) > CLASSES_SHOWN else "")
-    if model is not None:
+    if columns.task == IMAGES:
+        found["pixels"] = human["pixels"] = _pixels(splits.train[:ROWS_MEASURED], columns.text[0])
+    elif model is not None:
         found["tokens"] = human["tokens"] = _tokens(model, splits.train[:ROWS_MEASURED], columns.text)
         human["tokens"] = ", ".join(f"{k} {v}" for k, v in found["tokens"].items())
     output.result(found, human=settings(human))
+
+
+def _pixels(rows: list[dict[str, Any]], name: str) -> str:
+    """The smallest and the largest of these images, by area."""
+    sizes = sorted({row[name].size for row in rows}, key=lambda size: (size[0] * size[1], size))
+    shown = [f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1]))]
+    return " to ".join(shown)
 
 
 def _tokens(model: str, rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, int]:

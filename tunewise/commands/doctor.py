@@ -23,7 +23,17 @@ from .console import Output
 __all__ = ["doctor"]
 
 QUIET = Output()
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "scikit-learn", "peft")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "datasets",
+    "scikit-learn",
+    "peft",
+    "pillow",
+)
+OPTIONAL = ("peft", "pillow")
 Finding = tuple[str, bool, str]
 
 
@@ -73,7 +83,7 @@ def _packages() -> Finding:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(f"{name} missing" + (" (optional)" if name == "peft" else ""))
+            found.append(f"{name} missing" + (" (optional)" if name in OPTIONAL else ""))
     return "packages", not any(f.endswith("missing") for f in found), ", ".join(found)
 
 

@@ -23,6 +23,7 @@ class Rows:
     text_column: Annotated[str | None, Parameter(help='Column of the text; "a,b" for pairs.')] = None
     label_column: Annotated[str | None, Parameter(help="Column of the answer.")] = None
     max_length: Annotated[Whole | None, Parameter(help="Longest row in tokens.")] = None
+    image_size: Annotated[Whole | None, Parameter(help="Pixels along an edge of an image.")] = None
     skip_bad_rows: Annotated[Flag, Parameter(help="Leave out unreadable rows, counted.")] = False
 
     def given(self, command: str, data: str | None) -> dict[str, Any]:

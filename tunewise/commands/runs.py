@@ -100,7 +100,7 @@ def export(
     run: Run,
     /,
     *,
-    to: Annotated[Literal["peft", "lora", "hf"], Parameter(help="Format that is written.")],
+    to: Annotated[Literal["peft", "lora", "hf", "tunewise"], Parameter(help="Format that is written.")],
     out: Annotated[Path, Parameter(help="Folder that is written.")],
     output: Output = QUIET,
 ) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["PREFIX", "Existing", "Info", "build_part", "root_site"]
 
 PREFIX = "tw_"
-TAPPED = ("block", "embedding", "norm", "linear")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def build_part(adaptation: Adaptation, key: str, part: Delta, everything: list[S
     if "model" in part.kinds:
         chosen = [root_site(adaptation.model)]
     else:
-        chosen = with_widths(select(everything, getattr(part, "sites", "all"), kinds=part.kinds), everything)
+        chosen = with_widths(part.chosen(everything), everything)
     shared = part.shared(chosen)
     owner = SiteDelta(part, root_site(adaptation.model), shared, adaptation.dtype) if shared else None
     if owner is not None:
@@ -63,7 +62,7 @@ def build_part(adaptation: Adaptation, key: str, part: Delta, everything: list[S
             f"{PREFIX}{adaptation.name}_{key}_shared", owner.train(adaptation.model.training)
         )
         adaptation.owned[key] = owner
-    taps = with_widths(select(everything, part.taps, kinds=TAPPED), everything) if part.taps else []
+    taps = with_widths(select(everything, part.taps, kinds=part.tap_kinds), everything) if part.taps else []
     if taps and len(chosen) != 1:
         raise UserError(
             f"{type(part).__name__} writes one site; sites={getattr(part, 'sites', 'all')!r} selects {len(chosen)}."
@@ -75,6 +74,7 @@ def build_part(adaptation: Adaptation, key: str, part: Delta, everything: list[S
         t._shared = () if owner is None else (owner,)
         t.buffer = TapBuffer([s.name for s in taps]) if taps else None
         t.taps = [s.module for s in taps]
+        t.listens = part.listens(everything, taps)
         place = site.exit if site.exit is not None else site.module
         suffix = f"_{site.parameter}" if site.parameter else ""
         t.train(place.training)

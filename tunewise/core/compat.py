@@ -18,6 +18,7 @@ NEEDS = {
     "second_order": ("second derivatives", "the default optimizer"),
     "internals": ("the plain form of the deltas", "lora"),
     "sizes": ("a delta whose size can change", "lora"),
+    "routing": ("a delta whose routers choose experts", "mola"),
     "frozen_backbone": ("a backbone without backward pass", "a side network"),
 }
 

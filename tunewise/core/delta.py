@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tunewise.sites import Site, device_of
+from tunewise.sites import Site, device_of, select
 
 from .errors import UserError
 from .part import Part
@@ -18,6 +18,8 @@ from .part import Part
 __all__ = ["ORDER", "P", "Delta", "SiteDelta", "TapBuffer", "device_of", "forms", "keeps_in_out"]
 
 ORDER = ("mask", "multiply", "add", "prune", "quantize")
+Call = tuple[Tensor, dict[str, Any]]
+"""The first tensor of a call and all of its arguments by name."""
 FORMS = ("input", "weight", "output", "product", "around", "read", "switch", "existing")
 
 
@@ -48,8 +50,9 @@ class Delta(Part):
     - `existing(model)`: names of the backbone's own parameters that are trained.
 
     `alone` says that `output` reads the base's own weight: it is the twin only where no other `weight` comes
-    before. `identity` says that the start changes nothing; `order` where a `weight` stands among several (mask,
-    multiply, add, prune, quantize); `unit` what the axis of a tensor counts.
+    before. `identity` says that the start changes nothing, `training_only` that nothing is changed outside of
+    training, so that merging leaves it out; `order` where a `weight` stands among several (mask, multiply, add,
+    prune, quantize); `unit` what the axis of a tensor counts.
     """
 
     slot: ClassVar[str] = "delta"
@@ -57,9 +60,11 @@ class Delta(Part):
     linear: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     identity: ClassVar[bool] = True
+    training_only: ClassVar[bool] = False
     order: ClassVar[str] = "add"
     unit: ClassVar[str] = "rank"
     taps: ClassVar[str | None] = None
+    tap_kinds: ClassVar[tuple[str, ...]] = ("block", "embedding", "norm", "linear")
 
     def tensors(self, site: Site) -> dict[str, P]:
         """The tensors owned at one site."""
@@ -73,6 +78,14 @@ class Delta(Part):
     def side_tensors(self, site: Site, taps: Sequence[Site]) -> dict[str, P]:
         """The tensors of a side network that reads `taps` and writes `site`."""
         return self.tensors(site)
+
+    def chosen(self, everything: Sequence[Site]) -> list[Site]:
+        """Where it acts: what its option `sites` selects."""
+        return select(everything, getattr(self, "sites", "all"), kinds=self.kinds)
+
+    def listens(self, everything: Sequence[Site], taps: Sequence[Site]) -> dict[str, nn.Module]:
+        """Modules of whose call a `read` needs the arguments (masks, positions, token ids), by a name of its own."""
+        return {}
 
     def shared(self, sites: Sequence[Site]) -> dict[str, P]:
         """Tensors owned once for all sites, read as `t.shared.NAME`."""
@@ -139,11 +152,14 @@ def _forms(kind: Any) -> tuple[str, ...]:
 
 
 class TapBuffer:
-    """What the tapped sites left in this forward, in site order; shared by the taps and their reader."""
+    """What the tapped sites left in this forward, in site order, and what the modules listened to were called
+    with; shared by the taps and their reader.
+    """
 
     def __init__(self, sites: Sequence[str]) -> None:
         self.sites = list(sites)
         self.values: dict[str, Tensor] = {}
+        self.calls: dict[str, Call] = {}
 
     def take(self) -> list[Tensor]:
         """The taps of this forward; empties the buffer."""
@@ -175,6 +191,7 @@ class SiteDelta(nn.Module):
     rows: Tensor | None
     buffer: TapBuffer | None
     taps: list[nn.Module]
+    listens: dict[str, nn.Module]
     _shared: tuple[SiteDelta, ...]
     _root: tuple[nn.Module]
 
@@ -183,6 +200,7 @@ class SiteDelta(nn.Module):
         self.part, self.parameter, self.transposed = part, site.parameter or "weight", keeps_in_out(site)
         self.site_name, self.kind, self.calls, self.share = site.name, site.kind, 0, 1.0
         self.dtype, self._shared, self.buffer, self.taps = dtype, (), None, []
+        self.listens = {}
         self._root = (site.module,)  # in a tuple: a module attribute would be registered as a child
         self.meta = {name: (p.tag, p.axis, p.trainable, p.saved) for name, p in tensors.items()}
         self.register_buffer("rows", site.rows, persistent=False)

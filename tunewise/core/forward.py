@@ -29,6 +29,9 @@ __all__ = [
     "uninstall",
 ]
 
+HEARD = "@"
+"""Begins the name under which the arguments of a call are kept for a reader, not an output."""
+
 
 @dataclass
 class Plan:
@@ -98,6 +101,7 @@ class Forward:
         self.module, self.base, self.plan = module, base, Plan()
         self.plans = [self.plan]
         self.__signature__ = inspect.signature(base)
+        self.names = tuple(self.__signature__.parameters)
 
     def use(self, plan: Plan, alive: set[SiteDelta]) -> None:
         """Sets the plan; an earlier equal one comes back as the same object, which is what compiled code is
@@ -148,6 +152,10 @@ class Forward:
         """The module's result with these equations."""
         x, put = first_tensor(args, kwargs)
         x = self.before(plan, x)
+        for buffer, name, _ in plan.taps:
+            if name.startswith(HEARD):
+                given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+                buffer.calls[name.removeprefix(HEARD)] = (x, given)
         result = self._product(plan, x, *put(x))
         y: Tensor = result[0] if isinstance(result, tuple) else result
         new = self.after(plan, x, y)
@@ -161,7 +169,7 @@ class Forward:
             _count(t)
             x = t.share_of(t.part.input(t.cast(x.dtype), x), x)
         for buffer, name, before in plan.taps:
-            if before:
+            if before and not name.startswith(HEARD):
                 buffer.values[name] = x
         return x
 

@@ -27,7 +27,7 @@ from .trainer import trainer_callback
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["Handle", "attach", "restore"]
+__all__ = ["Handle", "attach", "read_adaptation", "restore"]
 
 
 class Handle(Adaptation):
@@ -188,7 +188,7 @@ class Handle(Adaptation):
         """Takes the tensors of a saved adaptation of the same recipe, in place: the base, the optimizer's
         parameters and compiled code stay. Raises `UserError`, before anything is written, for another recipe.
         """
-        described, state = _read(directory)
+        described, state = read_adaptation(directory)
         recipe = Recipe.from_description(described["recipe"])
         mine, theirs = ([describe_part(p) for p in r["delta"] + r["head"]] for r in (self.recipe, recipe))
         if theirs != mine:
@@ -284,7 +284,7 @@ def attach(
 
 def restore(model: nn.Module, directory: str | Path, *, name: str | None = None) -> Handle:
     """Attaches a saved adaptation to a fresh base model: equal outputs to those before saving."""
-    described, state = _read(directory)
+    described, state = read_adaptation(directory)
     recipe = Recipe.from_description(described["recipe"])
     handle = Handle(model, recipe, name or described["name"], getattr(torch, described["dtype"]), False, True)
     commits = {n.removeprefix("commit."): v for n, v in state.items() if n.startswith("commit.")}
@@ -298,7 +298,7 @@ def restore(model: nn.Module, directory: str | Path, *, name: str | None = None)
     return handle
 
 
-def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adaptation(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(description, tensors) of a saved adaptation."""
     folder = Path(directory)
     if (folder / "adaptation" / "adaptation.json").is_file():

@@ -26,7 +26,8 @@ def mergeable(part: Part) -> bool:
     given = set(forms(part))
     if given & {"around", "read", "switch"}:
         return False
-    return "weight" in given or not given & {"input", "output"} or bool(getattr(part, "linear", False))
+    still = not given & {"input", "output"} or getattr(part, "training_only", False)
+    return "weight" in given or bool(still or getattr(part, "linear", False))
 
 
 def not_mergeable(adaptation: Adaptation) -> str | None:
@@ -98,7 +99,7 @@ def _probe(
 def _by_module(adaptation: Adaptation) -> dict[tuple[nn.Module, str], tuple[Site, list[SiteDelta]]]:
     found: dict[tuple[nn.Module, str], tuple[Site, list[SiteDelta]]] = {}
     for _, site, t in adaptation.sites:
-        if set(forms(t.part)) & {"weight", "input", "output"}:
+        if set(forms(t.part)) & {"weight", "input", "output"} and not t.part.training_only:
             found.setdefault((site.module, site.parameter or "weight"), (site, []))[1].append(t)
     return found
 

@@ -11,7 +11,7 @@ from torch import nn
 from tunewise.sites import is_quantized
 
 from .delta import ORDER, SiteDelta, TapBuffer, forms
-from .forward import Plan, forward_of, install, uninstall
+from .forward import HEARD, Plan, forward_of, install, uninstall
 
 if TYPE_CHECKING:
     from .adaptation import Adaptation
@@ -65,6 +65,8 @@ def plans_of(active: Iterable[Adaptation], plain: bool) -> dict[nn.Module, Plan]
             reads[place].append(t)
             for name, module in zip(t.buffer.sites, t.taps, strict=True):
                 taps[module].append((t.buffer, name, False))
+            for name, module in t.listens.items():
+                taps[module].append((t.buffer, HEARD + name, True))
         elif set(given) & {"input", "weight", "output"}:
             by_module[place].append(t)
             if site.entry is not None and site.entry is not place:
@@ -87,7 +89,12 @@ def rebuild(model: nn.Module) -> None:
     everyone: list[Adaptation] = list(handles(model).values())
     active = [h for h in everyone if h.active]
     use_plans(model, plans_of(active, any(h.plain for h in active)))
-    switches = [(t.part.switch, t, h.active) for h in everyone for _, _, t in h.sites]
+    # the answer of a merged model is still read by its head
+    switches = [
+        (t.part.switch, t, h.active or (h.merged is not None and t.part.slot == "head"))
+        for h in everyone
+        for _, _, t in h.sites
+    ]
     for switch in {s for s, t, _ in switches if "switch" in forms(t.part)}:
         switch(model, [t for s, t, on in switches if s is switch and on])
 

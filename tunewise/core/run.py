@@ -64,6 +64,7 @@ class Run:
         self.sample_losses: dict[str, float] = {}
         self.loss_scale = 1.0
         self.extra: dict[str, Any] = {}
+        self.reads: Any = None
         self._stores: dict[str, Store] = {}
         self._references: dict[str, Reference] = {}
         self._generators: dict[str, torch.Generator] = {}
@@ -118,16 +119,25 @@ class Run:
 
     def outputs(self, batch: Any) -> Any:
         """The model's outputs for a batch; every pass of a run over rows goes through here."""
-        return self.model(**batch.inputs)
+        asks = {k: v for part in self.recipe["head"] for k, v in getattr(part, "asks", {}).items()}
+        self.reads = batch  # for deltas that must know the rows they see
+        try:
+            return self.model(**batch.inputs, **asks)
+        finally:
+            self.reads = None
 
     def forward(self, batch: Any) -> tuple[Tensor, Any]:
         """(logits read by the head, the model's outputs)."""
         outputs = self.outputs(batch)
+        return self.read(batch, outputs), outputs
+
+    def read(self, batch: Any, outputs: Any) -> Tensor:
+        """The logits that the head reads from the model's outputs."""
         heads = [(t.part, t) for key, _, t in self.handle.sites if t.part.slot == "head"]
         if heads:
             part, t = heads[0]
-            return part.logits(t.cast(torch.float32), outputs, batch), outputs  # type: ignore[attr-defined]
-        return outputs.logits, outputs
+            return part.logits(t.cast(torch.float32), outputs, batch)  # type: ignore[attr-defined,no-any-return]
+        return outputs.logits  # type: ignore[no-any-return]
 
     def loss(self, batch: Any, units: float) -> Tensor:
         """Sum of all objectives for one micro-batch, the task's normalised by the units of the whole step."""

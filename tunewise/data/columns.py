@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunewise.core.errors import UserError, did_you_mean
+from tunewise.data.image import is_picture_column
 from tunewise.data.labels import is_free_text, is_missing, label_task, looks_like_label, require_numbers
 from tunewise.data.source import Rows
 from tunewise.data.table import Row, few, plural
@@ -56,11 +57,13 @@ GENERATION_NAMES = (
 )
 GENERATION = ("causal", "seq2seq")
 UNLABELLED = ("causal", "seq2seq", "masked")
+IMAGES = "image_classification"
+"""The task of rows whose input is an image."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Text columns (one or two), the answer column (None: the text itself is learnt), and the task."""
+    """Text columns (one or two) or one of images, the answer column (None: the text itself is learnt), the task."""
 
     text: tuple[str, ...]
     label: str | None
@@ -93,13 +96,15 @@ def detect_columns(
     notes = [
         f"{what}: {_quoted(given)} (as given)." for what, given in (("Text", text), ("Label", label)) if given
     ]
+    text = text or _detect_images(table, [n for n in names if n not in label], task, notes)
     found = _generation(names, task, text, label, notes)
     if found is None:
         text = text or _detect_text(table, names, label, notes)
         if not label and task not in UNLABELLED:
             label = _detect_label(table, names, text, task, notes)
         found = Columns(text, label[0] if label else None, task or "", notes)
-    found = _with_task(table, found, task)
+    pictured = task == IMAGES or any(is_picture_column(table, name) for name in found.text)
+    found = (_image_task if pictured else _with_task)(table, found, task)
     unused = [n for n in names if n not in (*found.text, found.label)]
     if unused:
         found.notes.append(f"Not used: {plural(len(unused), 'column')} ({few(unused)}).")
@@ -230,6 +235,35 @@ def _detect_text(
     return (ranked[0],)
 
 
+def _detect_images(table: list[Row], names: list[str], task: str | None, notes: list[str]) -> tuple[str, ...]:
+    """The column of images; none when the user means another task."""
+    found = [name for name in names if is_picture_column(table, name)]
+    if not found or task not in (None, "classification", IMAGES):
+        return ()
+    if len(found) > 1:
+        raise UserError(f"The columns {_quoted(found)} all hold images: choose one with --text-column.")
+    notes.append(f'Image: "{found[0]}" (the only column of images).')
+    return (found[0],)
+
+
+def _image_task(table: list[Row], found: Columns, task: str | None) -> Columns:
+    """The same columns under the task of images; whole numbers are classes however many there are."""
+    columns = _quoted(found.text)
+    if not all(is_picture_column(table, name) for name in found.text):
+        if task == IMAGES:
+            raise UserError(f"The task {IMAGES} needs a column of images, and {columns} holds none.")
+        raise UserError(f"The columns {columns} are an image and a text: choose one with --text-column.")
+    if len(found.text) > 1 or task not in (None, "classification", IMAGES):
+        what = f"the task {task}" if len(found.text) == 1 else "a pair of columns"
+        raise UserError(f"{columns} holds images, and {what} does not take them: the task is {IMAGES}.")
+    found = _with_task(table, found, "classification")
+    values = {row.get(str(found.label)) for row in table if not is_missing(row.get(str(found.label)))}
+    if any(isinstance(value, float) and not value.is_integer() for value in values):
+        raise UserError(f'The label column "{found.label}" holds fractions, and {IMAGES} needs classes.')
+    found.notes.append(f"Task: {IMAGES} ({len(values):,} classes).")
+    return replace(found, task=IMAGES)
+
+
 def _detect_label(
     table: list[Row], names: list[str], text: tuple[str, ...], task: str | None, notes: list[str]
 ) -> tuple[str, ...]:
@@ -251,6 +285,11 @@ def _detect_label(
             f"The columns {_quoted(likely[:3])} could be the label: choose one with --label-column."
         )
     end = f" (columns: {few(free, 12)})" if free else f' (there is only the column "{text[0]}")'
+    if is_picture_column(table, text[0]):
+        raise UserError(
+            f"No column looks like a label{end}: choose one with --label-column; a folder has a sub-folder of "
+            "images for each class."
+        )
     raise UserError(
         f"No column looks like a label{end}: choose one with --label-column, or learn the text itself with "
         "--task causal."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewise.core.errors import UserError
+from tunewise.data.image import put_pictures
 from tunewise.data.table import Row, Table, few, plural
 
 __all__ = ["READERS", "read_file"]
@@ -35,11 +36,19 @@ def read_file(path: Path) -> Table:
         if path.stat().st_size == 0:
             raise UserError(f'"{path}" is empty.')
         table = reader(path)
+        _put_pictures(table, path)
     except OSError as error:
         raise UserError(f'"{path}" cannot be read: {error.strerror or error}.') from error
     if not table.rows and not table.bad:
         raise UserError(f'"{path}" has no rows.')
     return table
+
+
+def _put_pictures(table: Table, path: Path) -> None:
+    """Cells that name or hold images become pictures; those that cannot are bad records."""
+    bad = dict(put_pictures(table.rows, path.parent, path.name))
+    table.bad += [(f"row {number}", reason) for number, reason in bad.items()]
+    table.rows = [row for number, row in enumerate(table.rows, start=1) if number not in bad]
 
 
 def _text(path: Path) -> tuple[str, str]:
@@ -232,11 +241,27 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        rows = file.read().to_pylist()
+        _name_classes(rows, file.schema_arrow.metadata or {})
     except pyarrow.ArrowException as problem:
         reason = str(problem).splitlines()[0]
         raise UserError(f'"{path}" is not a readable Parquet file: {reason}.') from problem
     return Table(rows, [f"{path.name}: Parquet, {plural(len(rows), 'row')}, {_columns(rows)}."])
+
+
+def _name_classes(rows: list[Row], metadata: dict[bytes, bytes]) -> None:
+    """Class numbers become the class names that Hugging Face datasets keeps beside them; -1 is no label."""
+    said, _ = _object(metadata.get(b"huggingface", b"{}").decode("utf-8", "replace"))
+    features = (said or {}).get("info", {}).get("features", {}) if isinstance(said, dict) else {}
+    for column, feature in features.items():
+        names = feature.get("names") if isinstance(feature, dict) else None
+        if not isinstance(names, list) or feature.get("_type") != "ClassLabel":
+            continue
+        for row in rows:
+            number = row.get(column)
+            if isinstance(number, int) and number < len(names):
+                row[column] = names[number] if number >= 0 else None
 
 
 def _columns(rows: list[Row]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunewise.core.errors import UserError
 from tunewise.data.files import READERS, read_file
+from tunewise.data.image_folder import read_image_folder
 from tunewise.data.objects import SPLIT_NAMES, from_datasets
 from tunewise.data.table import Row, bad_records, few, plural
 
@@ -17,12 +18,16 @@ Found = tuple[list[Row] | dict[str, list[Row]], list[str]]
 
 
 def read_folder(folder: Path, skip_bad_rows: bool) -> Found:
-    """(rows or named sets, notes): files called train, valid, test become sets, others are joined."""
+    """(rows or named sets, notes): files called train, valid, test become sets, others are joined; without data
+    files, sub-folders of images are classes.
+    """
     names = {path.name for path in folder.iterdir()}
     if names & {"dataset_dict.json", "state.json"}:
         return _saved_dataset(folder)
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in READERS)
     other = sorted(names - {p.name for p in files})
+    if not files and (found := read_image_folder(folder, skip_bad_rows)) is not None:
+        return found
     if not files:
         raise UserError(
             f'"{folder}" holds no data file ({", ".join(READERS)})'
@@ -81,7 +86,7 @@ def _saved_dataset(folder: Path) -> Found:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as problem:
         raise UserError(f'"{folder}" is not a readable saved dataset: {problem}.') from problem
-    _, rows, _ = from_datasets(loaded, f'"{folder}"')
+    _, rows, _ = from_datasets(loaded, f'"{folder}"', folder)
     count = len(rows) if isinstance(rows, list) else sum(map(len, rows.values()))
     return rows, [f"{folder.name}: saved Hugging Face dataset, {plural(count, 'row')}."]
 

@@ -35,7 +35,9 @@ def load_hub(
     except Exception as problem:  # network libraries share no base class, and each reason is told
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"{start} could not be loaded as a Hugging Face dataset ({reason}){end}") from problem
-    _, rows, notes = from_datasets(loaded, f"Hugging Face dataset {name}")
+    _, rows, notes = from_datasets(
+        loaded, f"Hugging Face dataset {name}", Path(datasets.config.HF_CACHE_HOME)
+    )
     return rows, notes
 
 

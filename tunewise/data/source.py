@@ -17,6 +17,7 @@ from tunewise.core.errors import UserError, nearest
 from tunewise.data.files import READERS, read_file
 from tunewise.data.folder import read_folder
 from tunewise.data.hub import load_hub
+from tunewise.data.image import put_pictures
 from tunewise.data.objects import SPLIT_NAMES, from_object, own_splits
 from tunewise.data.table import Row, bad_records, plural
 
@@ -56,9 +57,11 @@ def read_rows(data: Any, *, skip_bad_rows: bool = False) -> Rows:
     """Rows of a path, demo name, `datasets` id or object; an existing path wins, `demo:` forces a demo name.
 
     A path is a CSV, TSV, JSONL, JSON or Parquet file, or a folder of such files (those called train, valid,
-    test become sets), or a folder of `datasets.save_to_disk`. An object is a list of dicts, a pandas
-    DataFrame, a `datasets` object, or a dict of these or of paths, by set name. Row ids are a hash of the
-    content, so that adding rows changes none; an `id` column of the source is kept as `source_id`.
+    test become sets), a folder of images with one sub-folder per class, or one of `datasets.save_to_disk`.
+    Images (encoded bytes, names of files inside the data's folder, PIL images, arrays) become `Picture`s. An
+    object is a list of dicts, a pandas DataFrame, a `datasets` object, or a dict of these or of paths, by set
+    name. Row ids are a hash of the content, so that adding rows changes none; an `id` column of the source is
+    kept as `source_id`.
     UserError names the file and lines of what cannot be read; `skip_bad_rows` leaves these out and counts
     them.
     """
@@ -135,6 +138,7 @@ def _find_named(data: str | Path, skip_bad_rows: bool) -> _Found:
 
 def _demo(name: str) -> _Found:
     rows = demo_rows(name)
+    put_pictures(rows, Path(), f"demo data {name}")
     asset = DATA[name]
     note = f"Demo data {name}: {asset.description}; {plural(len(rows), 'row')}. Licence: {asset.licence}."
     return _Found(name, rows, [note], fixed_splits(name))

@@ -19,6 +19,8 @@ from tunewise.data.table import Row, plural
 __all__ = ["Splits", "normalised_text", "split_rows"]
 
 NAMES = ("train", "valid", "test")
+CLASSES = ("classification", "image_classification")
+"""Tasks whose answers are classes."""
 CLASSES_SHOWN = 6
 DEFAULT_SHARES = (0.1, 0.1)
 
@@ -144,7 +146,7 @@ def _by_hash(
     for unit in _units(table, columns, seed, group):
         name = "test" if unit.place < test else "valid" if unit.place < test + valid else "train"
         chosen[name].update(id(row) for row in unit.rows)
-    return _finish(table, columns, chosen, {"valid": valid, "test": test}, "by hash of the text")
+    return _finish(table, columns, chosen, {"valid": valid, "test": test}, _hashed(columns))
 
 
 def _by_count(
@@ -167,11 +169,11 @@ def _by_count(
                 left[index] -= len(unit.rows)
             chosen[NAMES[index]].update(id(row) for row in unit.rows)
     wanted = {"valid": fixed[1], "test": len(table) - sum(fixed)}
-    return _finish(table, columns, chosen, wanted, "fixed counts, by hash of the text")
+    return _finish(table, columns, chosen, wanted, f"fixed counts, {_hashed(columns)}")
 
 
 def _class(row: Row, columns: Columns) -> str:
-    return str(row.get(columns.label)) if columns.label and columns.task == "classification" else ""
+    return str(row.get(columns.label)) if columns.label and columns.task in CLASSES else ""
 
 
 def _quotas(sizes: Mapping[str, int], wanted: int) -> dict[str, int]:
@@ -227,11 +229,15 @@ def _finish(
     return result
 
 
+def _hashed(columns: Columns) -> str:
+    return f"by hash of the {'image' if columns.task == 'image_classification' else 'text'}"
+
+
 def _describe(result: Splits, columns: Columns, how: str) -> list[str]:
     notes = [
         "Split " + how + ": " + ", ".join(f"{name} {len(rows):,}" for name, rows in result.items()) + "."
     ]
-    if columns.task != "classification" or columns.label is None:
+    if columns.task not in CLASSES or columns.label is None:
         return notes
     counts = {name: Counter(_class(row, columns) for row in rows) for name, rows in result.items()}
     classes = sorted(counts["train"])

@@ -14,6 +14,8 @@ from tunewise.core.delta import SiteDelta
 from tunewise.core.errors import UserError
 from tunewise.sites import Site, find_sites
 
+from .gated_prefix import gated_attention
+
 __all__ = ["attending_module", "key_value_shape", "prefix_attention", "set_prefixes"]
 
 NAME = "tw_sdpa"
@@ -33,13 +35,31 @@ def prefix_attention(
         square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = square.tril(key.shape[2] - query.shape[2])[None, None]
     for t in prefixes:
+        ear = t.__dict__.get("ear")
+        if ear is not None and ear.open:  # a pass of the prompt alone, for the sake of its keys and values
+            ear.heard = key, value
+            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    gated = []
+    told = options.pop(
+        "tw_told", {}
+    )  # by the block's call, so that it holds when a checkpointed block runs again
+    for t in prefixes:
         if not torch.compiler.is_compiling():
             t.calls += 1
         prefix: Any = t.part
-        extra = [e.to(key.dtype).expand(key.shape[0], -1, -1, -1) for e in prefix.keys(t)]
+        t.__dict__["told"] = told.get(id(t))
+        extra = [e.to(key.dtype).expand(key.shape[0], -1, -1, -1) for e in prefix.keys(t.cast(key.dtype))]
+        t.__dict__["told"] = None
+        if prefix.gated:
+            gated.append((extra[0], extra[1]))
+            continue
         if mask is not None:
             mask = F.pad(mask, (extra[0].shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
         key, value = torch.cat([extra[0], key], 2), torch.cat([extra[1], value], 2)
+    if gated:
+        drop = options.get("dropout") or 0.0
+        found, _ = gated_attention(query, key, value, gated, mask, options.get("scaling"), drop)
+        return found.transpose(1, 2).contiguous(), None
     if prefixes:
         options["is_causal"] = False
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)  # type: ignore[no-any-return]
@@ -81,8 +101,11 @@ def set_prefixes(model: nn.Module, ts: list[SiteDelta]) -> None:
         prefixes.setdefault(attending_module(t.root, t.site_name), []).append(t)
     for module in model.modules():
         module.__dict__.pop("tw_prefixes", None)
-    for module, ts in prefixes.items():
-        module.__dict__["tw_prefixes"] = tuple(ts)
+    for module, mine in prefixes.items():
+        module.__dict__["tw_prefixes"] = tuple(mine)
+    for t in ts:
+        part: Any = t.part
+        part.settle(model, t)
     configs: dict[int, Any] = {
         id(m.config): m.config
         for m in model.modules()

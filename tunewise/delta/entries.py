@@ -40,7 +40,7 @@ class SparseEntries(Delta):
     seed: int = 0
     sites: str | list[str] = "linear"
 
-    def chosen(self, W: Tensor, site: Site, when: int = 0) -> Tensor:
+    def choice(self, W: Tensor, site: Site, when: int = 0) -> Tensor:
         """The selected entries of W `[..., out, in]`, sorted positions in the flattened W."""
         make = torch.Generator().manual_seed(seed_of(self.seed, "entries", site.name, when))
         if W.dim() == 2:
@@ -50,7 +50,7 @@ class SparseEntries(Delta):
 
     def tensors(self, site: Site) -> dict[str, P]:
         W = site_weight(site)
-        index = self.chosen(W, site).to(smallest(W))
+        index = self.choice(W, site).to(smallest(W))
         return {"values": P(torch.zeros(len(index)), "weight", 0), "index": P(index, "mask", trainable=False)}
 
     def attached(self, adaptation: Any) -> None:

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from tunewise.core.delta import Delta, P
+from tunewise.core.errors import UserError
 from tunewise.init.base import Init, start_from_weights, start_tensors
 from tunewise.sites import Site
 
@@ -28,8 +29,9 @@ class LoRA(Delta):
     A starts uniform in (-1/sqrt(in), 1/sqrt(in)), B at 0, so that W' = W at step 0; `init` is another start:
     SVD(), QR(), EVA(), CorDA(), FromDelta(path). One that begins inside W takes its start away again, W' = W +
     s (B A - B_0 A_0), with B_0 and A_0 frozen. With dropout the trained path sees drop(x), all else x;
-    embeddings have none. On 3-D experts A and B have one more, leading dimension. Trainable scalars: rank (in +
-    out) per site. Source: LoRA, arXiv 2106.09685; sqrt scaling: rsLoRA, arXiv 2312.03732.
+    embeddings have none. On 3-D experts A and B have one more, leading dimension, and dropout is refused.
+    Trainable scalars: rank (in + out) per site. Source: LoRA, arXiv 2106.09685; sqrt scaling: rsLoRA, arXiv
+    2312.03732.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "embedding")
@@ -57,6 +59,10 @@ class LoRA(Delta):
         return self.init is not None and self.init.residual
 
     def tensors(self, site: Site) -> dict[str, P]:
+        if site.kind == "experts" and self.dropout:
+            raise UserError(
+                f"{type(self).__name__} has no dropout on the experts {site.name}: set dropout=0 or leave them out."
+            )
         assert site.in_features is not None and site.out_features is not None
         lead = (site.count,) if site.kind == "experts" else ()
         bound = site.in_features**-0.5

@@ -68,7 +68,7 @@ class ReselectedEntries(SparseEntries):
     def _again(self, run: Run, name: str, site: Site, t: Any) -> None:
         W = site_weight(site)
         old = t.index.long()
-        new = self.chosen(self.weight(t, W), site, run.step)
+        new = self.choice(self.weight(t, W), site, run.step)
         if self.within:
             new = new[torch.isin(new, old)]
         if torch.equal(new, old):

@@ -3,7 +3,26 @@
 from .base import AUTO, Head
 from .classification import ClassHead
 from .cloze import ClozeHead
+from .copilot import Copilot
+from .gap import GapHead
+from .image import GivenHead, ImageHead
+from .instruct import InstructHead
 from .language import LMHead
+from .layers import LayersHead
 from .pooled import PooledHead, pool
 
-__all__ = ["AUTO", "ClassHead", "ClozeHead", "Head", "LMHead", "PooledHead", "pool"]
+__all__ = [
+    "AUTO",
+    "ClassHead",
+    "ClozeHead",
+    "Copilot",
+    "GapHead",
+    "GivenHead",
+    "Head",
+    "ImageHead",
+    "InstructHead",
+    "LMHead",
+    "LayersHead",
+    "PooledHead",
+    "pool",
+]

@@ -22,12 +22,14 @@ class Head(Delta):
 
     What is trained comes from a delta's own means: `existing(model)` names parameters of the model's own
     head, and `tensors(site)` gives new ones at the root site, read as `t.NAME` in `logits`. Whatever `setup`
-    learns is kept in fields, so that a saved recipe can read its answers again.
+    learns is kept in fields, so that a saved recipe can read its answers again. `asks` is what the model must be
+    called with besides a batch, so that its outputs hold what is read.
     """
 
     slot: ClassVar[str] = "head"
     kinds: ClassVar[tuple[str, ...]] = ("model",)
     auto: ClassVar[str] = "base"
+    asks: ClassVar[dict[str, Any]] = {}
 
     def auto_for(self, config: Any) -> str:
         """Which kind of model (one of `AUTO`) this head reads, given the configuration of the backbone."""

@@ -10,7 +10,7 @@ from tunewise.core.errors import UserError, did_you_mean
 
 from .base import Head, label_names, takes_positions
 
-__all__ = ["ClassHead"]
+__all__ = ["ClassHead", "has_classifier"]
 
 # What timm, torchvision and plain modules call the last layer.
 HEADS = ("classifier", "score", "classification_head", "head", "heads", "fc")
@@ -59,12 +59,17 @@ class ClassHead(Head):
         if self.modules is not None:
             return dict.fromkeys(_named(model, self.modules), "head")
         names = _head_names(model)
-        if not any("pooler" not in name.split(".") for name in names):
+        if not has_classifier(model):
             raise UserError(
                 f"ClassHead: {type(model).__name__} has no classification head; load it as a model for "
                 "sequence classification, name the head with ClassHead(modules=...), or use PooledHead()."
             )
         return {name: "head" for name in names if self.pooler or "pooler" not in name.split(".")}
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Whether the model has a classification head of its own; a pooler alone is none."""
+    return any("pooler" not in name.split(".") for name in _head_names(model))
 
 
 def _named(model: nn.Module, modules: str | list[str]) -> list[str]:

@@ -49,18 +49,30 @@ class PooledHead(Head):
         return (self.outputs or 0) * (hidden_size(site.module, "PooledHead") + 1)
 
     def logits(self, t: Any, outputs: Any, batch: Any) -> Tensor:
+        return self.read_out(t, self.latent(outputs, batch))
+
+    def read_out(self, t: Any, z: Tensor) -> Tensor:
+        """The answer to what `latent` gives."""
+        return z @ t.weight.T + t.bias
+
+    def latent(self, outputs: Any, batch: Any) -> Tensor:
+        """The hidden states in float32, pooled to `[rows, hidden]`."""
         hidden = outputs if isinstance(outputs, Tensor) else getattr(outputs, "last_hidden_state", None)
         if hidden is None:
-            raise UserError(f"PooledHead: {type(outputs).__name__} has no hidden states; load a base model.")
+            raise UserError(
+                f"{type(self).__name__}: {type(outputs).__name__} has no hidden states; load a base model."
+            )
         if hidden.dim() == 4:  # convolutional maps [rows, channels, height, width]
             hidden = hidden.flatten(2).transpose(1, 2)
         mask = sequence_mask(batch.inputs, hidden.shape[:2], hidden.device)
         hidden = hidden[:, -mask.shape[1] :]  # soft prompts stand in front and are no part of the text
-        return pool(hidden.float(), mask, self.pooling) @ t.weight.T + t.bias
+        return pool(hidden.float(), mask, self.pooling)
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
-    """`[rows, tokens, hidden]`, bool mask `[rows, tokens]` -> `[rows, hidden]`; zeros for an empty row."""
+    """`[rows, tokens, hidden]`, bool mask `[rows, tokens]` -> `[rows, hidden]`, 0 for an empty row; "none": as is."""
+    if how == "none":
+        return hidden
     if how == "mean":
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -101,6 +101,8 @@ def _rowless(handle: Handle, leaves: set[nn.Module]) -> str | None:
         kind, where = type(t.part).__name__, site.name or "the model"
         if set(forms(t.part)) & {"around", "switch"}:
             return f"{kind} adds positions to all rows; give it a batch of its own"
+        if t.listens:
+            return f"{kind} reads what the whole batch is masked by; give it a batch of its own"
         if t.part.slot == "head" and t.meta:
             return f"{kind} reads the answer outside the model, with tensors of its own"
         if site.kind == "experts":

@@ -18,6 +18,7 @@ from tunewise.core.errors import UserError, did_you_mean
 from tunewise.core.handle import Handle
 from tunewise.core.merge import not_mergeable
 from tunewise.post.algebra import to_lora, to_lora_from_components
+from tunewise.post.fold import fold
 from tunewise.sites import Site, find_sites
 
 from .peft import write_peft
@@ -43,6 +44,7 @@ def export(
     "peft"  a PEFT checkpoint of exactly this adaptation, where PEFT has its method; see `write_peft`
     "lora"  a PEFT checkpoint of plain LoRA for any mergeable change; see `to_plain_lora` for `rank`
     "hf"    the merged model as Hugging Face saves it; it loads without Tunewise
+    "tunewise"  the adaptation for inference, loaded by `tw.restore`: what can be folded is constants; see `fold`
     The tokenizer is written beside it if given. The model in memory stays as it is.
     Raises `UserError` for another `to`, for a folder that is not empty, and for what the format cannot hold.
     """
@@ -50,6 +52,7 @@ def export(
         "peft": lambda folder: _peft(handle, folder, base_name),
         "lora": lambda folder: to_plain_lora(handle, folder, rank, base_name),
         "hf": lambda folder: _hugging_face(handle, folder),
+        "tunewise": lambda folder: {"folded": fold(handle, folder), "relative_error": 0.0},
     }
     if to not in writers:
         raise UserError(f'There is no export format "{to}"{did_you_mean(to, writers)}')

@@ -13,13 +13,12 @@ from tunewise.core.errors import UserError, did_you_mean
 from tunewise.core.handle import Handle, attach
 from tunewise.core.merge import mergeable
 from tunewise.core.recipe import Recipe
-from tunewise.delta.prompt import SoftPrompt
 from tunewise.sites import find_sites
 
 from .peft_files import CONFIG, PREFIX, WEIGHTS, parameters, read_files
 from .peft_form import Entry, Form, groups
 from .peft_forms import FORMS, form_of
-from .peft_prompt import PROMPTS, read_prompt, write_prompt
+from .peft_prompt import PROMPTS, holds_prompt, read_prompt, write_prompt
 from .peft_trained import Adapter, trained_parameters, trained_parts, write_adapter
 
 __all__ = ["read_peft", "trained_parameters", "write_peft"]
@@ -30,12 +29,12 @@ Sorted = tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor
 def write_peft(handle: Handle, directory: str | Path, base_name: str | None = None) -> Path:
     """Writes an adaptation as PEFT's adapter_config.json and adapter_model.safetensors.
 
-    LoRA (with any start), DoRA, LoHa, LoKr, VeRA, OFT, IA3, FourierFT, MiSS, SHiRA, norms, and soft prompts of
-    causal models. Trained heads and other trained parameters go through `modules_to_save`, biases through `bias`. PEFT
-    keeps whole modules, and the biases of no, all adapted or all layers: untrained neighbours are written as
-    they are, so that values agree exactly, and only what PEFT would train further can be more. DoRA's magnitudes
-    get the name that PEFT and transformers' `load_adapter` both find, `lora_magnitude_vector.weight`; transformers
-    drops them under the one that PEFT itself writes.
+    LoRA (with any start), DoRA, LoHa, LoKr, VeRA, OFT, IA3, FourierFT, MiSS, SHiRA, norms; soft prompts, P-tuning,
+    prefixes and multitask prompts of one stack. Trained heads and other trained parameters go through
+    `modules_to_save`, biases through `bias`. PEFT keeps whole modules, and the biases of no, all adapted or all
+    layers: untrained neighbours are written as they are, so that values agree exactly, and only what PEFT would train
+    further can be more. DoRA's magnitudes get the name that PEFT and transformers' `load_adapter` both find,
+    `lora_magnitude_vector.weight`; transformers drops them under the one that PEFT itself writes.
     base_name  written as base_model_name_or_path; otherwise the name that the model was loaded by
     Raises `UserError` for what PEFT cannot hold: narrowed fused rows, 3-D experts, other deltas, several kinds of
     deltas, a changed base model.
@@ -45,7 +44,7 @@ def write_peft(handle: Handle, directory: str | Path, base_name: str | None = No
             f"PEFT cannot hold this adaptation: its start changed {next(iter(handle.committed))} of the base "
             "model; export to lora instead."
         )
-    if any(type(p) is SoftPrompt for _, p in handle.deltas):
+    if holds_prompt(handle):
         return write_prompt(handle, directory, base_name)
     form = _form(handle)
     trained = trained_parameters(handle)
@@ -84,8 +83,6 @@ def _refusal(part: Delta, beside: str = "") -> str:
     if part.slot == "head":
         return f"PEFT has no place for the new layer of {name}; use ClassHead() or keep the run."
     what = f"{name} cannot be written as a PEFT checkpoint{f' beside {beside}' if beside else ''}"
-    if name == "Prefix":
-        what += ", in which prefixes shift the positions of the input"
     if mergeable(part):
         return f"{what}; export to lora or hf instead."
     return f"{what}; keep the adaptation and load it with tw.restore."
@@ -131,9 +128,8 @@ def read_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     form = FORMS.get(str(kind))
     if form is None:
         known = ", ".join([*FORMS, *PROMPTS])
-        why = "its prefixes shift the positions of the input; " if kind == "PREFIX_TUNING" else ""
         raise UserError(
-            f"{folder / CONFIG} holds peft_type={kind!r}; {why}of PEFT's adapters {known} can be read."
+            f"{folder / CONFIG} holds peft_type={kind!r}; of PEFT's adapters {known} can be read."
         )
     form.check(config, folder / CONFIG)
     pairs, trained, roots = _sort(model, tensors, folder / WEIGHTS, form)

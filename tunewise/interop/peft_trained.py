@@ -19,7 +19,7 @@ from tunewise.sites import find_sites
 
 from .peft_files import PREFIX, WEIGHTS, base_facts, module_names, parameters, target_modules, write_files
 
-__all__ = ["Adapter", "trained_parameters", "trained_parts", "write_adapter"]
+__all__ = ["Adapter", "split_trained", "trained_parameters", "trained_parts", "write_adapter"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def write_adapter(
     PEFT keeps whole modules, and the biases of no, all adapted or all layers: untrained neighbours are written as
     they are. Raises `UserError` for parameters that it cannot hold.
     """
-    modules, biases = _split(model, trained, adapter.title, adapter.sites)
+    modules, biases = split_trained(model, trained, adapter.title, adapter.sites)
     if biases and adapter.only is None:
         raise UserError(
             f"PEFT keeps no biases beside {adapter.title}, and {biases[0]} is trained; export to hf instead."
@@ -87,7 +87,9 @@ def write_adapter(
     return write_files(directory, config, tensors)
 
 
-def _split(model: nn.Module, names: Iterable[str], form: str, at: list[str]) -> tuple[list[str], list[str]]:
+def split_trained(
+    model: nn.Module, names: Iterable[str], form: str, at: list[str]
+) -> tuple[list[str], list[str]]:
     """(modules to save whole, biases to save) that together hold the parameters `names`.
 
     Raises `UserError` for parameters that `modules_to_save` and `bias` cannot hold beside the adapters `at`.

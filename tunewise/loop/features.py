@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tunewise.core.adaptation import handles
 from tunewise.core.run import Run
 
-from .frozen import Frozen, find_frozen, row_keys, weight_marks
+from .feature_folder import FeatureFolder
+from .frozen import Frozen, find_frozen, precision_mark, row_keys, weight_marks
 from .groups import Groups
 from .quiet import quiet
 from .served import Reached, Served
@@ -51,7 +52,7 @@ class Features:
         self.collected: dict[int, Tensor] | None = None
         self.states: dict[int, Tensor] | None = None
         self.tupled, self.padded = 0, False
-        self.used = sum(value.nbytes for value in store.values())
+        self.used = _bytes(store)
         self.active = _active(run)
         takes = inspect.signature(run.model.forward).parameters
         # A cache without the skipped blocks' keys would be wrong for whoever goes on from it.
@@ -165,7 +166,7 @@ class Features:
             self.states = None
 
     def _states(self, inputs: dict[str, Tensor], keys: list[bytes]) -> dict[int, Tensor]:
-        precision = _precision(self.run.device)
+        precision = precision_mark(self.run.device)
         marks = {index: self._marks[index] + precision for index in self.frozen.needed}
         missing = self._missing(keys, marks)
         if missing and self.groups is not None and not self.full:
@@ -244,8 +245,17 @@ def frozen_features(
     if not features.blocks:
         yield features
         return
-    with features.installed():
-        yield features
+    try:
+        with features.installed():
+            yield features
+    finally:
+        if isinstance(store, FeatureFolder):
+            store.write()
+
+
+def _bytes(store: Store) -> int:
+    """What is kept already, without reading it."""
+    return store.nbytes if isinstance(store, FeatureFolder) else sum(v.nbytes for v in store.values())
 
 
 def _active(run: Run) -> set[Any]:
@@ -254,11 +264,6 @@ def _active(run: Run) -> set[Any]:
 
 def _length(example: dict[str, Any]) -> int:
     return int(example.get("length", 0))
-
-
-def _precision(device: torch.device) -> bytes:
-    kind = device.type
-    return f"{kind} {torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ''}".encode()
 
 
 def _rows(states: Tensor, mask: Tensor | None) -> list[Tensor]:

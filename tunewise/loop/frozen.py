@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from tunewise.core.delta import SiteDelta, forms
 from tunewise.core.forward import is_quantized
 from tunewise.sites import find_sites
 
-__all__ = ["Frozen", "find_frozen", "row_keys", "weight_marks"]
+__all__ = ["Frozen", "find_frozen", "precision_mark", "row_keys", "weight_marks"]
 
 # What a configuration says about the answer, not about the blocks.
 ABOUT_ANSWERS = frozenset(
@@ -185,6 +187,18 @@ def _add(digest: Any, module: nn.Module, kind: str) -> None:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def precision_mark(device: torch.device) -> bytes:
+    """What else rounds states: the device's kind, automatic casts, the libraries' versions."""
+    kind = device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ""
+    return f"{_versions()} {kind} {cast}".encode()
+
+
+@cache
+def _versions() -> str:
+    return f"{torch.__version__} {version('transformers')}"
 
 
 def row_keys(inputs: dict[str, Tensor], padded: bool) -> list[bytes] | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tunewise.core.errors import UserError
 from tunewise.core.part import Part
 from tunewise.core.run import Run
+from tunewise.head.base import sequence_mask
 from tunewise.head.pooled import PooledHead, pool
 
 __all__ = ["FitHead"]
@@ -73,7 +74,9 @@ class FitHead(Part):
         for start in range(0, len(examples), 64):
             batch = run.collate(examples[start : start + 64])
             hidden = run.outputs(batch).last_hidden_state.float()
-            xs.append(pool(hidden, batch.inputs["attention_mask"].bool(), head.pooling).cpu())
+            hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+            mask = sequence_mask(batch.inputs, hidden.shape[:2], hidden.device)
+            xs.append(pool(hidden, mask, head.pooling).cpu())
             ys.append(batch.labels.cpu())
         return torch.cat(xs).double().numpy(), torch.cat(ys).numpy()
 

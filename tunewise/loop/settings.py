@@ -24,6 +24,7 @@ class Settings:
     evaluations      looks at the validation rows over the whole run; the best one is kept
     patience         looks without improvement before the run stops; 0 never stops early
     checkpoint_every steps between checkpoints; 0 means at every look
+    features         folder in which states of frozen blocks are kept for later runs; default: in memory, for this one
     """
 
     lr: PositiveFloat = 1e-4
@@ -43,6 +44,7 @@ class Settings:
     checkpoint_every: NonNegativeInt = 0
     eval_batch_size: PositiveInt = 64
     valid_rows: PositiveInt | None = None
+    features: str | None = None
 
     @classmethod
     def of(cls, **options: Any) -> Settings:

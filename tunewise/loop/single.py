@@ -15,6 +15,7 @@ from tunewise.core.run import Run
 from tunewise.delta.half_attention import half_attention
 from tunewise.delta.lean import lean_layers
 
+from .checkpointing import checkpoint_activations
 from .evaluate import evaluate
 
 __all__ = ["Single"]
@@ -152,6 +153,5 @@ def _accelerator(run: Run) -> Any:
         raise RunError(
             "This loop trains in one process; start it without accelerate's multi-process launcher."
         )
-    if run.settings.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    checkpoint_activations(run)
     return accelerator

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunewise.core.errors import UserError
-from tunewise.core.method import method_names, read_recipe
+from tunewise.core.method import get_method, method_names, read_recipe
 from tunewise.core.reader import parse, source_of
 from tunewise.core.recipe import Recipe
 
@@ -40,6 +40,7 @@ DEFAULT = {
 
 BASELINES = {
     "classification": ("majority", "tfidf", "zero_shot", "few_shot"),
+    "image_classification": ("majority",),
     "regression": ("mean", "tfidf"),
     "causal": ("zero_shot", "few_shot"),
 }
@@ -55,8 +56,8 @@ def read_methods(given: Any = "default", task: str = "classification") -> list[s
     """Recipes in `default`, `all`, `a, b, lora(rank=4)`, or a list of such, each once and in order.
 
     Commas inside brackets and quotes belong to the recipe. `default` and `all` leave out methods that read
-    another kind of answer than `task`; one that is named and does not fit is refused, as is an unknown one.
-    The baselines that are methods come last, if they were not named.
+    another kind of answer than `task`, or images where rows are texts; one that is named and does not fit is
+    refused, as is an unknown one. The baselines that are methods come last, if they were not named.
     """
     items = [given] if isinstance(given, str) else list(given)
     found: list[str] = []
@@ -64,7 +65,7 @@ def read_methods(given: Any = "default", task: str = "classification") -> list[s
         group = {"default": list(DEFAULT.values()), "all": method_names()}.get(text)
         if group is None and not fits(read_recipe(text), task):
             raise UserError(f"{text} reads another kind of answer than the task {task} has; leave it out.")
-        found += [name for name in group if fits(read_recipe(name), task)] if group else [text]
+        found += [name for name in group if _for_task(name, task)] if group else [text]
     found += [name for name in TUNED_BASELINES if fits(read_recipe(name), task)]
     return list(dict.fromkeys(found))
 
@@ -80,6 +81,12 @@ def _split(text: Any) -> list[str]:
         e.value if isinstance(e, ast.Constant) and isinstance(e.value, str) else source_of(e)
         for e in elements
     ]
+
+
+def _for_task(name: str, task: str) -> bool:
+    """Whether a method of the catalog reads the task's kind of answer, and takes its kind of rows."""
+    images = get_method(name).facts.get("inputs") == "images"
+    return fits(read_recipe(name), task) and (task == "image_classification" or not images)
 
 
 def fits(recipe: Recipe, task: str) -> bool:

@@ -11,6 +11,7 @@ from tunewise.task.base import Batch, Task
 from tunewise.task.causal import CausalLM
 from tunewise.task.classification import Classification
 from tunewise.task.generate import generate, generation_metrics
+from tunewise.task.image import ImageClassification
 from tunewise.task.regression import Regression
 from tunewise.task.text import tokenize
 
@@ -19,6 +20,7 @@ __all__ = [
     "Batch",
     "CausalLM",
     "Classification",
+    "ImageClassification",
     "Regression",
     "Task",
     "generate",
@@ -27,7 +29,9 @@ __all__ = [
     "tokenize",
 ]
 
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Classification, Regression, CausalLM)}
+TASKS: dict[str, type[Task]] = {
+    cls.name: cls for cls in (Classification, ImageClassification, Regression, CausalLM)
+}
 # What other libraries call them, in lower case with "_".
 OTHER_NAMES = {
     "seq_cls": "classification",
@@ -36,13 +40,16 @@ OTHER_NAMES = {
     "causal_lm": "causal",
     "text_generation": "causal",
     "sft": "causal",
+    "image": "image_classification",
+    "image_cls": "image_classification",
+    "vision": "image_classification",
 }
 
 
 def make_task(name: str | None, columns: Columns, **options: Any) -> Task:
-    """The task called `name` ("classification", "regression", "causal"; None: as detected) on these columns.
+    """The task called `name` on these columns: one of `TASKS`; None: as detected.
 
-    Options: max_length, metric, higher_is_better (of a metric of one's own); chat (causal).
+    Options: max_length (texts), image_size (images), metric, higher_is_better (of one's own); chat (causal).
     Raises `UserError` with the nearest right spelling.
     """
     name = name or columns.task

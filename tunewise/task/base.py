@@ -61,6 +61,7 @@ class Task:
 
     name: ClassVar[str] = ""
     scores: ClassVar[dict[str, bool]] = {}
+    needs_tokenizer: ClassVar[bool] = True
     outputs: int | None = None
 
     def __init__(
@@ -114,6 +115,8 @@ class Task:
         """Examples with id, input_ids, labels (None if not `labelled`) and length, in the order of `rows`."""
         if tokenizer is None:
             raise UserError(f"The task {self.name} needs a tokenizer, and this model comes without one.")
+        if not hasattr(tokenizer, "model_max_length"):
+            raise UserError(f"The task {self.name} reads text, and this model looks at images.")
         limit = self.limit(tokenizer)
         texts = [tuple(self.text_of(row, column) for column in self.columns.text) for row in rows]
         encoded, cut = encode_for(head, texts, tokenizer, limit)

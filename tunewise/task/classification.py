@@ -55,6 +55,7 @@ class Classification(Task):
         if columns.label is None:
             raise UserError("Classification needs a label column: choose one with --label-column.")
         self.labels: list[str] = []
+        self.open_answers = False
 
     @property
     def outputs(self) -> int:  # type: ignore[override]
@@ -94,6 +95,8 @@ class Classification(Task):
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         if batch.labels is None:
             raise UserError(f"Row {batch.ids[0]} and its batch have no labels, so there is no loss.")
+        if self.open_answers:  # the last column stands for all other words
+            logits = logits[:, :-1]
         if logits.dim() != 2 or logits.shape[1] != len(self.labels):
             raise UserError(
                 f"The head gives logits of shape {list(logits.shape)}, expected [rows, {len(self.labels)}] "
@@ -101,14 +104,16 @@ class Classification(Task):
             )
         return F.cross_entropy(logits.float(), batch.labels, reduction="none")
 
-    def predict(self, logits: Tensor, batch: Batch) -> list[str]:
-        return [self.labels[i] for i in logits.argmax(-1).tolist()]
+    def predict(self, logits: Tensor, batch: Batch) -> list[str | None]:
+        """Label names; None where the further column of `open_answers` is the largest."""
+        return [[*self.labels, None][i] for i in logits.argmax(-1).tolist()]
 
     def metrics(self, predictions: Sequence[Any], rows: Sequence[Row | Example]) -> dict[str, float]:
         self.same_length(predictions, rows)
-        truth = [row["labels"] if "input_ids" in row else self.label_of(row) for row in rows]
-        place = {name: i for i, name in enumerate(self.labels)}
-        table = confusion(truth, [place[p] for p in predictions], len(self.labels))
+        truth = [self.truth_of(row) for row in rows]
+        place: dict[str | None, int] = {name: i for i, name in enumerate([*self.labels, None])}
+        said = [place[p] for p in predictions]
+        table = confusion(truth, said, max(len(self.labels), max(said) + 1))
         found = confusion_scores(table)
         if self.custom is not None:
             references = [self.labels[i] for i in truth]
@@ -119,5 +124,9 @@ class Classification(Task):
             low, high = bootstrap_confusion(table, self.metric)
         return {**found, f"{self.metric}_low": low, f"{self.metric}_high": high}
 
+    def truth_of(self, row: Row | Example) -> int:
+        """The class of a row, or of an encoded example."""
+        return int(row["labels"]) if "input_ids" in row else self.label_of(row)
+
     def learnt(self) -> dict[str, Any]:
-        return {"labels": self.labels}
+        return {"labels": self.labels} | ({"open_answers": True} if self.open_answers else {})

@@ -34,18 +34,32 @@ def tokenize(
 
 def encode_for(
     head: Any, texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int
-) -> tuple[list[dict[str, list[int]]], int]:
-    """`tokenize` as the head wants it: by its `encode_texts`, or inside what its `render` writes."""
+) -> tuple[list[dict[str, Any]], int]:
+    """`tokenize` as the head wants it: by its `encode_texts`, or inside what its `render` writes.
+
+    A head with several `renders` gets each row in each of them: the first, and the others as `views` of the row.
+    """
     if hasattr(head, "encode_texts"):
-        made: tuple[list[dict[str, list[int]]], int] = head.encode_texts(texts, tokenizer, limit)
+        made: tuple[list[dict[str, Any]], int] = head.encode_texts(texts, tokenizer, limit)
         return made
     if not hasattr(head, "render"):
         return tokenize(texts, tokenizer, limit)
-    joined, render = [" ".join(t) for t in texts], head.render
+    joined = [" ".join(t) for t in texts]
     if not joined:
         return [], 0
-    found, cut = _call([(render(t),) for t in joined], tokenizer), 0
-    for i, text in enumerate(joined):
+    views = [_inside(r, joined, tokenizer, limit) for r in getattr(head, "renders", [head.render])]
+    found = views[0][0]
+    if len(views) > 1:
+        found = [{**row, "views": [rows[i] for rows, _ in views[1:]]} for i, row in enumerate(found)]
+    return found, max(n for _, n in views)
+
+
+def _inside(
+    render: Callable[[str], str], texts: Sequence[str], tokenizer: Any, limit: int
+) -> tuple[list[dict[str, Any]], int]:
+    """The texts in a template, those that are too long cut inside of it, and how many were."""
+    found, cut = _call([(render(t),) for t in texts], tokenizer), 0
+    for i, text in enumerate(texts):
         if len(found[i]["input_ids"]) <= limit:
             continue
         fit = longest(text, limit, lambda t: len(_call([(render(t),)], tokenizer)[0]["input_ids"]))
@@ -96,7 +110,11 @@ def pad_sequences(rows: Sequence[Sequence[int]], value: int, side: str) -> Tenso
 
 
 def pad_rows(examples: Sequence[dict[str, Any]], tokenizer: Any, side: str) -> dict[str, Tensor]:
-    """{input_ids, attention_mask, token_type_ids if the examples have them}, each `[rows, longest]`."""
+    """{input_ids, attention_mask, token_type_ids if the examples have them}, each `[lines, longest]`.
+
+    A line is a row, or one of its `views`, which follow it.
+    """
+    examples = [line for e in examples for line in (e, *e.get("views", ()))]
     ids = [e["input_ids"] for e in examples]
     inputs = {
         "input_ids": pad_sequences(ids, pad_id(tokenizer), side),

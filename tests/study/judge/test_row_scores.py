@@ -12,7 +12,7 @@ import pytest
 from tests.study.made_study import COSTS, ROWS, MadeStudy, rows_of
 from tunewise.core.errors import UserError
 from tunewise.study.judge.row_scores import METRICS, row_scores
-from tunewise.task import CausalLM, Classification, Regression
+from tunewise.task import CausalLM, Classification, ImageClassification, Regression
 from tunewise.task.metrics import confusion, confusion_scores, regression_scores
 
 
@@ -54,7 +54,8 @@ def values(scores: Any, rows: np.ndarray) -> list[float]:
 
 
 def test_the_known_metrics_are_those_of_the_tasks() -> None:
-    assert {t.name: tuple(t.scores) for t in (Classification, Regression, CausalLM)} == METRICS
+    tasks = (Classification, ImageClassification, Regression, CausalLM)
+    assert {t.name: tuple(t.scores) for t in tasks} == METRICS
 
 
 @pytest.mark.parametrize(

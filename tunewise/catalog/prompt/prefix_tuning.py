@@ -5,7 +5,12 @@ from tunewise.core.recipe import Recipe
 from tunewise.delta.prefix import Prefix
 
 
-@method("prefix_tuning", title="Prefix tuning", arxiv="2101.00190", lr=(1e-3, 1e-2, 5e-2))
-def prefix_tuning(tokens: int = 16, sites: str | list[str] = "attention") -> Recipe:
-    """softmax(q [P_K; K]^T) [P_V; V], P_K and P_V trained, without the re-parameterising MLP."""
-    return Recipe(delta=Prefix(tokens, sites))
+@method("prefix_tuning", title="Prefix tuning", arxiv="2101.00190", lr=(2e-4, 1e-3, 5e-3))
+def prefix_tuning(
+    tokens: int = 16,
+    sites: str | list[str] = "attention",
+    hidden: int | None = 512,
+    gated: bool = False,
+) -> Recipe:
+    """softmax(q [P_K; K]^T) [P_V; V], [P_K; P_V] = W_2 tanh(W_1 E + b_1) + b_2; hidden=None trains P_K and P_V."""
+    return Recipe(delta=Prefix(tokens, sites, hidden, gated))

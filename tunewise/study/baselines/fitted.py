@@ -73,7 +73,7 @@ def sample(task: Any, rows: Sequence[Row], count: int) -> list[Row]:
 
 
 FITTED: dict[str, tuple[tuple[str, ...], Fit]] = {
-    "majority": (("classification",), _majority),
+    "majority": (("classification", "image_classification"), _majority),
     "mean": (("regression",), _mean),
     "tfidf": (("classification", "regression"), _tfidf),
 }

@@ -12,6 +12,7 @@ import torch
 
 from tunewise.core.run import Run
 from tunewise.delta.lean import lean_layers
+from tunewise.loop.checkpointing import checkpoint_activations
 from tunewise.loop.evaluate import predict_rows
 from tunewise.study.estimate.count import Counter, bytes_of
 from tunewise.study.estimate.states import Kept
@@ -83,8 +84,7 @@ def count_steps(run: Run, counter: Counter, clock: Clock, states: Kept) -> Steps
     steps, batches = planned(run)
     run.total_steps = steps
     optimizer: Any = run.recipe.single("optimizer")
-    if settings.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    checkpoint_activations(run)
     with counter:
         optimizer.setup(run, optimizer.lr or settings.lr)
         run.fire("prepare")

@@ -16,6 +16,7 @@ __all__ = ["METRICS", "TestRows", "row_scores"]
 
 METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "balanced_accuracy", "matthews"),
+    "image_classification": ("accuracy", "macro_f1", "balanced_accuracy", "matthews"),
     "regression": ("rmse", "mae", "pearson", "spearman"),
     "causal": ("loss", "perplexity", "token_accuracy", "exact_match"),
 }

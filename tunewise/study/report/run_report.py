@@ -11,6 +11,7 @@ from tunewise.core.errors import UserError
 from tunewise.study.report.cells import COST, finite, headline, interval, number_cell, score, text_cell
 from tunewise.study.report.charts import cost_chart, curve_chart, looks, swatch
 from tunewise.study.report.page import render, script, write_page
+from tunewise.study.report.routing_charts import routing_charts
 
 __all__ = ["run_report", "write_report"]
 
@@ -154,6 +155,7 @@ def _charts(rows: Sequence[Row], runs: Sequence[Row], metric: str, names: list[s
         if len(points) > len({p["name"] for p in points}):
             svg = curve_chart(points, axis, names, most)
             charts.append({"title": title, "caption": f"{axis}, {caption}", "svg": svg})
+    charts += routing_charts(runs, names)
     for key, words in (("trainable", "trainable parameters"), ("seconds", "seconds")):
         dots = [
             {

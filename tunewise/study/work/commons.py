@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunewise.core.checkpoint import write_json, write_text
 from tunewise.core.part import describe_part
+from tunewise.data.image import Picture
 from tunewise.data.splits import Splits
-from tunewise.prepare import Data, Prepared, load_base
+from tunewise.prepare import Data, Prepared, carry, load_base
 from tunewise.study.work.worker_main import shared
 from tunewise.task import Task
 
@@ -78,7 +79,9 @@ def write_brief(folder: Path, data: Data, **facts: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and lists of numpy as Python's own, everything else (dates) as it reads."""
+    """Numbers and lists of numpy as Python's own, images whole, everything else (dates) as it reads."""
+    if isinstance(value, Picture):
+        return value.plain()
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
@@ -90,7 +93,7 @@ def read_brief(folder: str) -> tuple[dict[str, Any], Splits]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in SETS:
         with (place / "data" / f"{name}.jsonl").open(encoding="utf-8") as lines:
-            rows[name] = [json.loads(line) for line in lines]
+            rows[name] = [json.loads(line, object_hook=Picture.from_plain) for line in lines]
     return facts, Splits(rows["train"], rows["valid"], rows["test"])
 
 
@@ -155,6 +158,8 @@ def encode(prepared: Prepared, base: Base, names: Iterable[str]) -> list[str]:
             task.notes.clear()
         if rows:
             prepared.examples[name] = base.examples[key]
+            if name == "train":
+                carry(prepared.recipe, rows, base.examples[key])
     return list(dict.fromkeys(notes))
 
 

@@ -9,7 +9,9 @@ Model tiny-roberta, data `peptides`, two epochs; or the methods made for images,
 and rows of `fashion`. Everything else as `tune` does it. What counts is the loss of the validation rows at the state
 that `tune` keeps (its best look). Every rate is run with seed 0; the rate that leads
 by its mean is run with seeds 1 and 2, until the leader has all three: a rate that only one seed likes loses its
-lead. There at least nine of ten methods must end below the linear probe, solved exactly on the same rows.
+lead. There at least nine of ten methods must end below the linear probe, solved exactly on the same rows. Prompts leave
+the backbone as it is; they are read out as the probe reads it, by a linear layer on the mean of the states, and not
+by the model's classifier on the first token.
 Seconds per step are CPU time of one thread, looks included.
 """
 
@@ -33,7 +35,7 @@ import torch
 import tunewise as tw
 from tunewise.core.checkpoint import write_json, write_text
 from tunewise.core.errors import RunError, UserError, did_you_mean
-from tunewise.core.method import get_method
+from tunewise.core.method import get_method, read_recipe
 from tunewise.data import Splits
 from tunewise.machine import environment
 from tunewise.prepare import prepare_data
@@ -43,6 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 AREAS = ("lowrank", "spectral", "sparse", "existing", "adapters", "experts", "prompt", "head", "side")
 SPELLED = {"zecoler": "zecoler(verbalizer={'AMP': 'K', 'UniProt': 'L'})"}
 """Methods that need to know more about this data than their defaults say."""
+READ_OUT = "PooledHead()"
 PROBE = "linear_probe"
 SEEDS = (0, 1, 2)
 LOOKS = 2
@@ -110,7 +113,7 @@ def run(job: Job, setting: Setting = TEXT) -> dict[str, Any]:
             sets.train,
             valid=sets.valid,
             test=sets.test,
-            method=SPELLED.get(job.method, job.method),
+            method=spelled(job.method, setting),
             lr=job.lr,
             steps=job.steps,
             seed=job.seed,
@@ -132,6 +135,14 @@ def run(job: Job, setting: Setting = TEXT) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - started[0],
         "peak_memory_mb": metrics["peak_memory_mb"],
     }
+
+
+def spelled(name: str, setting: Setting = TEXT) -> str:
+    """The recipe of a method: prompts for texts without a head of their own get the linear probe's read-out."""
+    prompts = setting is TEXT and get_method(name).area == "prompt"
+    if prompts and "head" not in read_recipe(name).essential:
+        return f"{name} + {READ_OUT}"
+    return SPELLED.get(name, name)
 
 
 def methods(named: str | None, setting: Setting = TEXT) -> list[str]:

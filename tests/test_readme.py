@@ -84,6 +84,9 @@ def measured() -> list[tuple[str, str]]:
         ("full fine-tuning", f"{reviews['full']['accuracy']:.3f}"),
         ("linear probe", f"{reviews['linear_probe']['accuracy']:.3f}"),
         ("30 steps", f"{gsm['before']:.2f} to {gsm['after']:.2f}"),
+        ("a training step of LST", f"{read['side']['memory']['of_lora']['lst']['ours']:.2f}"),
+        ("the second epoch of LST", f"{read['side']['lst']['runs']['folder']['second_epoch']:.2f}"),
+        ("bfloat16 instead of float32", f"{read['half']['ways']['bfloat16']['minus_float32'][0]:.4f}"),
         *((name, f"{steps[key]['time']:.2f} | {steps[key]['memory']:.2f}") for name, key in STEPS),
     ]
 

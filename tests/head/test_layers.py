@@ -55,7 +55,7 @@ def test_evaluation_asks_with_every_class_and_reads_no_label(layers: int) -> Non
 
 
 def test_one_layer_is_a_linear_layer_and_training_agrees_with_evaluation() -> None:
-    head, t, outputs, batch = made(1)
+    head, t, outputs, batch = made(1, query="gold")
     H = torch.stack([outputs.hidden_states[-1][0, 1], outputs.hidden_states[-1][1, 2]])
     evaluated = head.logits(t, outputs, batch)
     t.training = True
@@ -67,7 +67,7 @@ def test_one_layer_is_a_linear_layer_and_training_agrees_with_evaluation() -> No
 
 
 def test_the_gold_query_is_the_labels_row() -> None:
-    head, t, outputs, batch = made(2)
+    head, t, outputs, batch = made(2, query="gold")
     t.training = True
     found = head.logits(t, outputs, batch)
     H = torch.stack([h[0, 1] for h in outputs.hidden_states[-2:]])

@@ -25,8 +25,9 @@ class LayersHead(GapHead):
 
     H `[layers, hidden]` are the hidden states at the template's gap in the last `layers` layers, w_c the rows of
     W `[classes, hidden]`, d `[hidden]` starts at 1; dropout acts on r. With several templates, the mean.
-    query  "gold" asks with the row's own label while training: logits = W r_label + b, as the reference does;
-           "all" trains on the formula above, which evaluation always uses (no label is read there)
+    query  "all" trains on the formula above, which evaluation always uses (no label is read there); "gold" asks with
+           the row's own label while training, logits = W r_label + b, as the reference does: what it learns need
+           not serve the formula, and from a small pretrained model it learnt nothing here
     outputs  number of classes; learnt from the task
     Reads `hidden_states`: in a loop of one's own call the model with output_hidden_states=True. Source: CodePrompt,
     arXiv 2401.05544; the attention is that of Lin et al., 2016 (ACL P16-1200). Raises `UserError` for tasks without
@@ -35,7 +36,7 @@ class LayersHead(GapHead):
 
     asks: ClassVar[dict[str, Any]] = {"output_hidden_states": True}
     layers: PositiveInt = 2
-    query: Literal["gold", "all"] = "gold"
+    query: Literal["gold", "all"] = "all"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     outputs: int | None = None
 

@@ -10,7 +10,7 @@ from tunewise.head.layers import LayersHead
 def codeprompt(
     template: str = "{text} In summary , it was {mask} .",
     layers: int = 2,
-    query: str = "gold",
+    query: str = "all",
     dropout: float = 0.0,
 ) -> Recipe:
     """logits_c = log softmax(W r_c + b)_c, r_c = sum_j softmax_j(H_j . (w_c * d)) H_j at the mask, j last layers."""

@@ -59,7 +59,12 @@ def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     fake.predict = lambda folder, rows: [{"id": "a", "prediction": "naïve"}]
     fake.evaluate = lambda folder, data: {"accuracy": 0.5, "data": data}
     fake.merge_run = lambda folder, out: fake.calls.append((folder, out))
-    fake.export_run = lambda folder, to, out: fake.calls.append((folder, to, out))
+
+    def export_run(folder: Path, to: str, out: Path) -> dict[str, Any]:
+        fake.calls.append((folder, to, out))
+        return {"relative_error": 0.22, "rank": 16} if to == "lora" else {"relative_error": 0.0}
+
+    fake.export_run = export_run
     monkeypatch.setitem(sys.modules, "tunewise.tune", fake)
     return fake  # type: ignore[no-any-return]
 
@@ -211,6 +216,9 @@ def test_predict_eval_merge_export(capsys: Capture, tune: Any, finished: str, tm
     assert cli.run(["merge", finished, "--out", "m"]) == 0
     assert cli.run(["export", finished, "--to", "peft", "--out", "p", "--json"]) == 0
     assert tune.calls == [(Path(finished), Path("m")), (Path(finished), "peft", Path("p"))]
+    capsys.readouterr()
+    assert cli.run(["export", finished, "--to", "lora", "--out", "l"]) == 0
+    assert "rank 16 holds the trained change but for a relative error of 0.220" in capsys.readouterr().out
 
 
 def _second_line(capsys: Capture, tokens: list[str]) -> str:

@@ -182,11 +182,12 @@ def evaluate(run: str | Path, data: Any = None, *, device: str = "auto") -> dict
 
 def merge_run(run: str | Path, out: str | Path) -> Path:
     """Writes the tuned model as a plain Hugging Face folder that loads without Tunewise."""
-    return export_run(run, "hf", out)
+    export_run(run, "hf", out)
+    return Path(out)
 
 
-def export_run(run: str | Path, to: str, out: str | Path) -> Path:
-    """Writes a finished run in another library's format: peft, lora, hf."""
+def export_run(run: str | Path, to: str, out: str | Path) -> dict[str, Any]:
+    """Writes a finished run in another format: peft, lora, hf, tunewise; gives the facts kept in export.json."""
     from tunewise.interop.export import export
 
     folder = Path(out)
@@ -194,5 +195,4 @@ def export_run(run: str | Path, to: str, out: str | Path) -> Path:
         raise UserError(f"{folder} is not empty: choose another --out.")
     result = Result.open(run, device="cpu")
     assert result.handle is not None
-    export(result.handle, to, folder, tokenizer=result.tokenizer)
-    return folder
+    return export(result.handle, to, folder, tokenizer=result.tokenizer)

@@ -115,8 +115,24 @@ def export(
     folder = _folder(run)
     from tunewise.tune import export_run
 
-    export_run(folder, to, out)
-    output.result({"folder": str(out), "format": to}, human=f"Exported as {to}: {out}")
+    facts = export_run(folder, to, out)
+    told = {key: facts[key] for key in ("relative_error", "rank") if key in facts}
+    output.result(
+        {"folder": str(out), "format": to, **told}, human=f"Exported as {to}: {out}{_exactness(facts)}"
+    )
+
+
+def _exactness(facts: dict[str, Any]) -> str:
+    """How far an export is from the change that was trained, |dW - B A| / |dW|."""
+    if "rank" not in facts:
+        return ""
+    off, rank = facts["relative_error"], facts["rank"]
+    if off < 1e-4:
+        return f"\nPlain LoRA of rank {rank}, exact but for rounding (relative error {off:.1e})."
+    return (
+        f"\nPlain LoRA of rank {rank} holds the trained change but for a relative error of {off:.3f}; "
+        "export.json has it for each layer."
+    )
 
 
 def _folder(run: Path) -> Path:

@@ -139,7 +139,7 @@ def run(job: Job, setting: Setting = TEXT) -> dict[str, Any]:
 
 def spelled(name: str, setting: Setting = TEXT) -> str:
     """The recipe of a method: prompts for texts without a head of their own get the linear probe's read-out."""
-    prompts = setting is TEXT and get_method(name).area == "prompt"
+    prompts = setting == TEXT and get_method(name).area == "prompt"
     if prompts and "head" not in read_recipe(name).essential:
         return f"{name} + {READ_OUT}"
     return SPELLED.get(name, name)

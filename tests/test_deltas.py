@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,10 @@ def test_images_are_a_setting_of_their_own(kept: deltas.Rows) -> None:
     assert set(found["methods"]) == {"lora"} and "vpt" in found["unfinished"]
     with pytest.raises(UserError, match="dora"):
         deltas.methods("dora", vision)
+
+
+def test_prompts_are_read_out_as_the_probe_reads(kept: deltas.Rows) -> None:
+    there = pickle.loads(pickle.dumps(deltas.TEXT))  # as worker processes get it
+    assert deltas.spelled("prompt_tuning", there) == "prompt_tuning + PooledHead()"
+    assert deltas.spelled("prompt_tuning", deltas.SETTINGS["vision"]) == "prompt_tuning"
+    assert deltas.spelled("lora", there) == "lora" and deltas.spelled("mvlpt", there) == "mvlpt"

@@ -13,7 +13,8 @@ from tests.models import tiny, tiny_batch
 from tunewise.core.errors import UserError
 from tunewise.core.handle import attach, restore
 from tunewise.core.method import get_method, read_recipe
-from tunewise.delta.vqt import VisualQueries, ask, attention_name
+from tunewise.delta.asking import Attention, ask, attention_of
+from tunewise.delta.vqt import VisualQueries
 
 
 def pixels(name: str = "vit", size: int = 2) -> dict[str, Tensor]:
@@ -70,21 +71,48 @@ def naive(block: Any, prompt: Tensor, x: Tensor) -> Tensor:
     return block(both, mask)[:, : prompt.shape[1]]
 
 
+@pytest.mark.parametrize("patches", [5, 9], ids=["projected", "folded"])
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
-def test_answers_and_gradients_are_those_of_rows_in_one_sequence(name: str) -> None:
+def test_answers_and_gradients_are_those_of_rows_in_one_sequence(name: str, patches: int) -> None:
     model: Any = tiny(name)
     block = next(m for m in model.modules() if type(m).__name__ in ("ViTLayer", "Dinov2Layer"))
     make = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 5, 32, generator=make)
+    x = torch.randn(2, patches, 32, generator=make)
     one = torch.randn(2, 3, 32, generator=make, requires_grad=True)
     two = one.detach().clone().requires_grad_()
     for p in model.parameters():
         p.requires_grad_(False)
-    wanted, found = naive(block, one, x), ask(block, attention_name(block, "block"), two, x, {})
+    wanted, found = naive(block, one, x), ask(block, attention_of(block, "block"), two, x, {})
     assert torch.allclose(found, wanted, atol=1e-6)
     wanted.square().sum().backward()
     found.square().sum().backward()
     assert torch.allclose(two.grad, one.grad, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", ["function", "modules", "dropout", "folded"])
+def test_every_way_to_ask_gives_the_same_answers(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With padding: through the attention function, by key and value layers, by these when dropout is on, folded."""
+    import tunewise.delta.asking as asking
+
+    model: Any = tiny("bert")
+    block = next(m for m in model.modules() if type(m).__name__ == "BertLayer")
+    x, prompt = torch.randn(2, 9, 32), torch.randn(2, 3, 32)
+    hidden = torch.zeros(2, 1, 1, 9).index_fill_(3, torch.tensor([7, 8]), torch.finfo(torch.float32).min)
+    found = attention_of(block, "block")
+    assert found == Attention("attention.self", "attention.self.key", "attention.self.value")
+    wanted = ask(block, Attention("attention.self"), prompt, x[:, :7], {})
+    own, calls = asking._folded, []
+    monkeypatch.setattr(asking, "_folded", lambda *a: calls.append(1) or own(*a))
+    if way == "function":
+        found = Attention("attention.self")
+    elif way == "modules":
+        key = block.attention.self.key
+        key.forward = key.forward  # as if something were attached
+    elif way == "dropout":
+        block.attention.self.train()
+        block.attention.self.dropout.p = 1e-9
+    assert torch.allclose(ask(block, found, prompt, x, {"attention_mask": hidden}), wanted, atol=1e-6)
+    assert calls == ([1] if way == "folded" else [])
 
 
 def test_logits_are_one_linear_layer_on_the_joined_features() -> None:
@@ -95,9 +123,7 @@ def test_logits_are_one_linear_layer_on_the_joined_features() -> None:
         inputs = [model.vit.embeddings(batch["pixel_values"]), *states(model, batch)]
         z = [
             nn.functional.normalize(
-                ask(block, attention_name(block, "block"), t.P[i].expand(2, -1, -1), inputs[i], {}).flatten(
-                    1
-                ),
+                ask(block, attention_of(block, "block"), t.P[i].expand(2, -1, -1), inputs[i], {}).flatten(1),
                 dim=1,
             )
             for i, block in enumerate(model.vit.layers)
@@ -149,12 +175,12 @@ def kept(patches: int, queries: int, layers: int = 2) -> int:
     return saved_numbers(model, {"pixel_values": torch.randn(1, 3, 8 * patches, 8 * patches)})
 
 
-def test_of_the_patches_a_block_keeps_keys_and_values_alone() -> None:
-    """Memory that does not grow with patches times blocks at all cannot be had: queries' gradients need K and V."""
+def test_of_the_patches_a_block_keeps_one_row_of_numbers_alone() -> None:
+    """Memory that does not grow with patches times blocks at all cannot be had: queries' gradients need the patches."""
     few, many = kept(4, 2), kept(8, 2)
     more = 8 * 8 - 4 * 4
-    # K and V of two layers, and once the last states, in which the classifier's input is a row
-    assert many - few == (2 * 2 + 1) * more * 32
+    # what the attention of two layers gets, and once the last states, in which the classifier's input is a row
+    assert many - few == (2 + 1) * more * 32
     assert kept(4, 4) - kept(4, 2) >= 2 * 2 * 128  # at least the inner states of the queries' MLP
     plain = encoder(8)
     assert saved_numbers(plain, {"pixel_values": torch.randn(1, 3, 64, 64)}) > 3 * many

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -16,7 +14,7 @@ from tunewise.core.delta import P
 from tunewise.core.errors import UserError
 from tunewise.sites import Site
 
-from .attention import attending_module
+from .asking import ask, attention_of
 from .classifier import last_classifier
 from .side import Side
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VisualQueries"]
 
-NAME = "tw_query"
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -37,8 +34,9 @@ class VisualQueries(Side):
     themselves (norms, query projection, attention, residual, MLP as they are), their attention reads the keys and
     values of X alone: X stays bit for bit what the frozen model computes and needs no graph, there is no path from
     one block's queries to another's, and X may be served from a store. For the backward pass a block keeps what belongs
-    to the queries' rows, and of the patches K and V, for the gradient of P_l is made of both: memory grows with L
-    queries and, by two rows of numbers per patch and block, with L patches too.
+    to the queries' rows, and of every patch one row of numbers, the attention's input, for the gradient of P_l is made
+    of it: memory grows with L queries and, by that row, with L patches too. K and V themselves are not made where the
+    queries can be asked without (`asking`).
     normalize  every Z_l, all queries of a block together, has length 1
     dropout    of P while training (published runs: 0.1)
     keep       share of the columns of W that stays: at `select_at` of the steps those of least norm are taken out
@@ -66,19 +64,19 @@ class VisualQueries(Side):
 
     def start(self, site: Site, taps: Sequence[Site]) -> dict[str, P]:
         width = taps[0].out_features or 1
-        self.__dict__["_owners"] = names = [attention_name(tap.module, tap.name) for tap in taps]
-        owners: list[Any] = [tap.module.get_submodule(n) for tap, n in zip(taps, names, strict=True)]
+        self.__dict__["_attentions"] = found = [attention_of(tap.module, tap.name) for tap in taps]
+        owners: list[Any] = [tap.module.get_submodule(a.name) for tap, a in zip(taps, found, strict=True)]
         for tap, owner in zip(taps, owners, strict=True):
             if getattr(owner, "is_causal", False) is True:
                 raise UserError(f"VisualQueries asks encoders, and {tap.name} is the block of a decoder.")
         patch = getattr(owners[0].config, "patch_size", None)
         bound = (6 / ((3 * patch**2 if isinstance(patch, int) else width) + width)) ** 0.5
         columns = len(taps) * self.queries * width
-        found = {
+        tensors = {
             "P": P(torch.empty(len(taps), self.queries, width).uniform_(-bound, bound), "prompt"),
             "W": P(torch.zeros(site.out_features or 1, columns), "head"),
         }
-        return found | ({"kept": P(torch.ones(columns), trainable=False)} if self.keep < 1 else {})
+        return tensors | ({"kept": P(torch.ones(columns), trainable=False)} if self.keep < 1 else {})
 
     def read(self, t: Any, taps: list[Tensor], y: Tensor) -> Tensor:
         calls, t.buffer.calls = t.buffer.calls, {}
@@ -88,7 +86,7 @@ class VisualQueries(Side):
         for i, block in enumerate(t.taps):
             x, given = calls[str(i)]
             prompt = F.dropout(t.P[i].to(x.dtype).expand(len(x), -1, -1), self.dropout, t.training)
-            z = ask(block, self.__dict__["_owners"][i], prompt, x, given).flatten(1).to(y.dtype)
+            z = ask(block, self.__dict__["_attentions"][i], prompt, x, given).flatten(1).to(y.dtype)
             found.append(F.normalize(z, dim=1) if self.normalize else z)
         z = torch.cat(found, 1)
         return y + F.linear(z * t.kept if self.keep < 1 else z, t.W)
@@ -113,67 +111,3 @@ class VisualQueries(Side):
 
     def formula(self, site: Site, taps: Sequence[Site] = ()) -> int:
         return self.queries * sum(tap.out_features or 0 for tap in taps) * (1 + (site.out_features or 0))
-
-
-class Heard(Exception):
-    """The attention has got its keys and values; the rest of the block is not needed."""
-
-
-class Asked:
-    """Keys, values and mask of one block, and the attention that is asked with them."""
-
-    def __init__(self, before: str, mask: Tensor | None) -> None:
-        self.before, self.mask = before, mask
-        self.held: tuple[Tensor, Tensor] | None = None
-
-
-def ask(block: nn.Module, attention: str, prompt: Tensor, x: Tensor, given: dict[str, Any]) -> Tensor:
-    """What the block makes of `prompt` `[rows, queries, width]` when its attention reads x `[rows, length, width]`."""
-    owner: Any = block.get_submodule(attention)
-    forward = type(block).forward  # what is attached to the block as a whole is about x
-    first, *names = list(inspect.signature(forward).parameters)[1:]
-    if given.get("position_embeddings") is not None:
-        raise UserError(f"VisualQueries: the attention of {type(block).__name__} is rotated by position.")
-    mask = given.get("attention_mask")
-    rest = {k: v for k, v in given.items() if k != first and (k in names or "kwargs" in names)}
-    asked = Asked(owner.config._attn_implementation, mask[..., -1:, :] if isinstance(mask, Tensor) else None)
-    _register()
-    owner.config._attn_implementation, owner.__dict__["tw_asked"] = NAME, asked
-    try:
-        learns = x.requires_grad or any(p.requires_grad for p in block.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns), suppress(Heard):
-            forward(block, x, **rest)
-        if asked.held is None:
-            raise UserError(f"VisualQueries: the attention of {type(block).__name__} cannot be listened to.")
-        result = forward(block, prompt, **rest)
-    finally:
-        owner.config._attn_implementation = asked.before
-        del owner.__dict__["tw_asked"]
-    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
-
-
-def attention_name(block: nn.Module, where: str) -> str:
-    """The name, below a block, of what calls the attention function."""
-    owner = attending_module(block, where)
-    return next(name for name, module in block.named_modules() if module is owner)
-
-
-def queried_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention with the keys and values that were held before; first it only holds them."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    asked: Asked = module.__dict__["tw_asked"]
-    if asked.held is None:
-        asked.held = key, value
-        raise Heard
-    options["is_causal"] = False
-    function = ALL_ATTENTION_FUNCTIONS[asked.before if asked.before in ALL_ATTENTION_FUNCTIONS else "sdpa"]
-    return function(module, query, *asked.held, asked.mask, **options)  # type: ignore[no-any-return]
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, queried_attention)

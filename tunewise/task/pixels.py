@@ -17,6 +17,7 @@ __all__ = ["Eye", "eye_of", "pixels_of"]
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet: what a model without a processor was most likely trained with."""
 EDGE = 224
+BICUBIC = 3
 # How many pixels along an edge these take besides what they were trained with: any multiple of this number.
 ANY_SIZE: dict[str, int | None] = {"dinov2": None, "dinov2_with_registers": None, "dinov3_vit": None}
 ANY_SIZE |= dict.fromkeys(("convnext", "convnextv2", "resnet", "regnet", "mobilenet_v2", "efficientnet"), 32)
@@ -98,7 +99,8 @@ def pixels_of(picture: Picture, edge: int, channels: int, processor: Any = None)
             return found
     mean = _numbers(processor, "image_mean", MEAN, channels)
     deviation = _numbers(processor, "image_std", DEVIATION, channels)
-    return _own(image, edge, channels, mean, deviation, int(getattr(processor, "resample", None) or 3))
+    resample = getattr(processor, "resample", None)
+    return _own(image, edge, channels, mean, deviation, BICUBIC if resample is None else int(resample))
 
 
 def _processed(image: Any, edge: int, processor: Any) -> Tensor:

@@ -90,6 +90,14 @@ def test_other_names_are_refused() -> None:
         deltas.methods("lorra")
 
 
+def test_prompts_for_texts_are_read_as_the_probe_reads_and_trained_longer() -> None:
+    images, jobs = deltas.SETTINGS["vision"], deltas.first_jobs(["vpt", "lora"], 10)
+    assert {(job.method, job.steps) for job in jobs} == {("linear_probe", None), ("vpt", 30), ("lora", 10)}
+    assert deltas.spelled("vpt") == "vpt + PooledHead()" and deltas.spelled("vpt", images) == "vpt"
+    assert deltas.spelled("cones") == "cones" and deltas.length("cones", 10) == 10
+    assert deltas.length("vpt", 10, images) == 10
+
+
 def test_images_are_a_setting_of_their_own(kept: deltas.Rows) -> None:
     vision = deltas.SETTINGS["vision"]
     assert deltas.methods(None, vision) == list(vision.names or ())

@@ -11,7 +11,8 @@ that `tune` keeps (its best look). Every rate is run with seed 0; the rate that 
 by its mean is run with seeds 1 and 2, until the leader has all three: a rate that only one seed likes loses its
 lead. There at least nine of ten methods must end below the linear probe, solved exactly on the same rows. Prompts leave
 the backbone as it is; they are read out as the probe reads it, by a linear layer on the mean of the states, and not
-by the model's classifier on the first token, and trained for six epochs: their publications train for tens of them.
+by the model's classifier on the first token. Those that are the same for all rows learn slowly (their publications
+train them for tens of epochs): here they have six.
 Seconds per step are CPU time of one thread, looks included.
 """
 
@@ -37,16 +38,22 @@ from tunewise.core.checkpoint import write_json, write_text
 from tunewise.core.errors import RunError, UserError, did_you_mean
 from tunewise.core.method import get_method, read_recipe
 from tunewise.data import Splits
+from tunewise.delta.prefix import Prefix
+from tunewise.delta.prompt import SoftPrompt
+from tunewise.delta.prompt_generator import PromptGenerator
 from tunewise.machine import environment
 from tunewise.prepare import prepare_data
 from tunewise.study.portfolio import read_methods
 
 RESULTS = Path(__file__).parent / "results"
 AREAS = ("lowrank", "spectral", "sparse", "existing", "adapters", "experts", "prompt", "head", "side")
-SPELLED = {"zecoler": "zecoler(verbalizer={'AMP': 'K', 'UniProt': 'L'})"}
+SPELLED = {
+    "zecoler": "zecoler(verbalizer={'AMP': 'K', 'UniProt': 'L'})",
+    "unipt": "unipt(variant='projected')",  # what its authors use for encoders of text
+}
 """Methods that need to know more about this data than their defaults say."""
 READ_OUT, LONGER = "PooledHead()", 3
-"""The head of prompts for texts, and how many times as long they are trained."""
+"""The head of prompts for texts, and how many times as long those are trained that are the same for all rows."""
 PROBE = "linear_probe"
 SEEDS = (0, 1, 2)
 LOOKS = 2
@@ -107,14 +114,15 @@ def run(job: Job, setting: Setting = TEXT) -> dict[str, Any]:
     def say(sentence: str) -> None:
         started[:] = [time.process_time()]  # the last sentence is said when training begins
 
-    sets, found = rows(setting), {**vars(job), "threads": torch.get_num_threads()}
+    sets, recipe = rows(setting), spelled(job.method, setting)
+    found = {**vars(job), "recipe": recipe, "threads": torch.get_num_threads()}
     try:
         metrics = tw.tune(
             setting.model,
             sets.train,
             valid=sets.valid,
             test=sets.test,
-            method=spelled(job.method, setting),
+            method=recipe,
             lr=job.lr,
             steps=job.steps,
             seed=job.seed,
@@ -151,7 +159,9 @@ def spelled(name: str, setting: Setting = TEXT) -> str:
 
 def length(name: str, steps: int, setting: Setting = TEXT) -> int:
     """The steps of a method where the others have `steps`."""
-    return steps * LONGER if is_prompt(name, setting) else steps
+    parts = read_recipe(name)["delta"] if is_prompt(name, setting) else []
+    same = [isinstance(p, SoftPrompt | Prefix) and not isinstance(p, PromptGenerator) for p in parts]
+    return steps * LONGER if any(same) else steps
 
 
 def methods(named: str | None, setting: Setting = TEXT) -> list[str]:
@@ -321,7 +331,9 @@ def main() -> None:
         print(json.dumps({k: v for k, v in found.items() if k not in ("methods", "rows")}, indent=1))
         return
     chosen = methods(options.methods, setting)
-    carry_out(kept, [job for job in first_jobs(chosen, steps, setting) if job not in kept], options.workers, setting)
+    carry_out(
+        kept, [job for job in first_jobs(chosen, steps, setting) if job not in kept], options.workers, setting
+    )
     while todo := [job for job in further_jobs(chosen, kept, steps, setting) if job not in kept]:
         carry_out(kept, todo, options.workers, setting)
 

@@ -94,6 +94,7 @@ def test_prompts_for_texts_are_read_as_the_probe_reads_and_trained_longer() -> N
     images, jobs = deltas.SETTINGS["vision"], deltas.first_jobs(["vpt", "lora"], 10)
     assert {(job.method, job.steps) for job in jobs} == {("linear_probe", None), ("vpt", 30), ("lora", 10)}
     assert deltas.spelled("vpt") == "vpt + PooledHead()" and deltas.spelled("vpt", images) == "vpt"
+    assert deltas.spelled("idpt") == "idpt + PooledHead()" and deltas.length("idpt", 10) == 10
     assert deltas.spelled("cones") == "cones" and deltas.length("cones", 10) == 10
     assert deltas.length("vpt", 10, images) == 10
 

@@ -159,9 +159,10 @@ def spelled(name: str, setting: Setting = TEXT) -> str:
 
 def length(name: str, steps: int, setting: Setting = TEXT) -> int:
     """The steps of a method where the others have `steps`."""
-    parts = read_recipe(name)["delta"] if is_prompt(name, setting) else []
+    prompts = setting == TEXT and get_method(name).area == "prompt"
+    parts = read_recipe(name)["delta"] if prompts else []
     same = [isinstance(p, SoftPrompt | Prefix) and not isinstance(p, PromptGenerator) for p in parts]
-    return steps * LONGER if any(same) else steps
+    return steps * LONGER if same and all(same) else steps
 
 
 def methods(named: str | None, setting: Setting = TEXT) -> list[str]:

@@ -96,7 +96,8 @@ def test_prompts_for_texts_are_read_as_the_probe_reads_and_trained_longer() -> N
     assert deltas.spelled("vpt") == "vpt + PooledHead()" and deltas.spelled("vpt", images) == "vpt"
     assert deltas.spelled("idpt") == "idpt + PooledHead()" and deltas.length("idpt", 10) == 10
     assert deltas.spelled("cones") == "cones" and deltas.length("cones", 10) == 10
-    assert deltas.length("vpt", 10, images) == 10
+    assert deltas.length("vpt", 10, images) == deltas.length("zecoler", 10) == 10
+    assert deltas.spelled("mvlpt") == "mvlpt" and deltas.length("mvlpt", 10) == 30
 
 
 def test_images_are_a_setting_of_their_own(kept: deltas.Rows) -> None:

@@ -5,7 +5,7 @@ from tunewise.core.recipe import Recipe
 from tunewise.delta.hyper import HyperAdapter
 
 
-@method("hyperformer", title="HyperFormer++", arxiv="2106.04489", lr=(1e-4, 1e-3, 5e-3))
+@method("hyperformer", title="HyperFormer++", arxiv="2106.04489", lr=(1e-4, 4e-4, 1e-3))
 def hyperformer(
     size: int = 8,
     tasks: int = 1,

@@ -11,7 +11,7 @@ from tunewise.head.concepts import ConceptHead
     "cones",
     title="Concept embedding search",
     arxiv="2305.18993",
-    lr=(1e-3, 1e-2, 1e-1),
+    lr=(1e-2, 1e-1, 1.0),
     unverified="published for vision-language models; one text encoder for rows and class names is our form of it.",
 )
 def cones(

@@ -9,7 +9,7 @@ from tunewise.delta.instruction import Instruction
 from tunewise.delta.prompt_generator import PromptGenerator
 
 
-@method("idpt", title="Instance-aware dynamic prompt tuning", arxiv="2304.07221", lr=(5e-4, 2e-3, 5e-3))
+@method("idpt", title="Instance-aware dynamic prompt tuning", arxiv="2304.07221", lr=(1e-3, 5e-3, 2e-2))
 def idpt(
     neighbours: int = 20,
     layers: int = 3,

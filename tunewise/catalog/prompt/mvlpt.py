@@ -7,7 +7,7 @@ from tunewise.head.class_sets import ClassSetHead
 from tunewise.init.saved import FromSaved
 
 
-@method("mvlpt", title="Multitask prompt, transferred (text form)", arxiv="2211.11720", lr=(1e-3, 1e-2, 1e-1))
+@method("mvlpt", title="Multitask prompt, transferred (text form)", arxiv="2211.11720", lr=(3e-3, 1e-2, 3e-2))
 def mvlpt(
     tokens: int = 16, start: str | None = None, separator: str = "/", text: str | None = None
 ) -> Recipe:

@@ -7,7 +7,7 @@ from tunewise.core.recipe import Recipe
 from tunewise.delta.deep_prompt import DeepPrompt
 
 
-@method("vpt", title="Visual prompt tuning, deep", arxiv="2203.12119", lr=(1e-3, 3e-3, 3e-2))
+@method("vpt", title="Visual prompt tuning, deep", arxiv="2203.12119", lr=(3e-3, 3e-2, 1e-1))
 def vpt(
     tokens: int = 8, sites: str | list[str] = "block", start: Literal["uniform", "normal"] = "uniform"
 ) -> Recipe:

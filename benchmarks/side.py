@@ -7,8 +7,8 @@ activations, logits), for each side network against LoRA of rank 8, Tunewise's o
 `reviews` (VQT: dinov2-small on `fashion`), CPU seconds of each epoch, looks left out: the first computes the states of
 all rows, later ones read them from memory or from a folder. Equal results: losses and tensors against a run that
 computes everything anew. The first training rows are taken; an epoch's share of another does not depend on how many
-there are. Later epochs of VQT cost what its queries cost, which go forward and back through every block, and keys and
-values of all tokens: at 224 pixels, as published, images are 257 tokens, at 56 pixels only 17, beside 5 queries.
+there are. Later epochs of VQT cost what its queries cost, which go forward and back through every block: at 224 pixels,
+as published, they stand beside 257 tokens, at 56 pixels beside 17, which is less than what 5 queries cost twice.
 """
 
 from __future__ import annotations

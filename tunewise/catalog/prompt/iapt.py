@@ -11,7 +11,7 @@ from tunewise.delta.prompt_generator import PromptGenerator
     "iapt",
     title="Instruction-aware prompt tuning",
     arxiv="2405.18203",
-    lr=(3e-4, 3e-3, 3e-2),
+    lr=(1e-3, 3e-3, 1e-2),
     unverified="only summaries could be read: the start of the projections, and training the activations together "
     "with everything else instead of in turns, are our reading.",
 )

@@ -8,7 +8,7 @@ activations, logits), for each side network against LoRA of rank 8, Tunewise's o
 all rows, later ones read them from memory or from a folder. Equal results: losses and tensors against a run that
 computes everything anew. The first training rows are taken; an epoch's share of another does not depend on how many
 there are. Later epochs of VQT cost what its queries cost, which go forward and back through every block: at 224 pixels,
-as published, they stand beside 257 tokens, at 56 pixels beside 17, which is less than what 5 queries cost twice.
+as published, 5 queries stand beside 257 tokens, at 56 pixels beside 17.
 """
 
 from __future__ import annotations

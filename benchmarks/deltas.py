@@ -79,19 +79,7 @@ class Setting:
 
 
 TEXT = Setting("deltas", "tiny-roberta", "peptides", 188)
-PICTURED = (
-    "vpt",
-    "vqt",
-    "hst",
-    "dvpt",
-    "idpt",
-    "lora",
-    "bitfit",
-    "houlsby",
-    "pfeiffer",
-    "prefix_tuning",
-    "head_only",
-)
+PICTURED = ("vpt", "vqt", "hst", "dvpt", "idpt", "lora", "bitfit", "houlsby", "pfeiffer", "head_only")
 SETTINGS = {
     "text": TEXT,
     "vision": Setting("vision", "dinov2-small", "fashion", 64, PICTURED, train=500, valid=250),

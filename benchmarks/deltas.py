@@ -296,6 +296,8 @@ def of_method(rates: dict[float, list[dict[str, Any]]], lr: float | None, probe:
     losses = [r["loss"] for r in runs]
     mean = statistics.mean(losses)
     return {
+        "recipe": runs[0].get("recipe", runs[0]["method"]),
+        "steps": runs[0]["steps"],
         "lr": lr,
         "loss": mean,
         "loss_min": min(losses),

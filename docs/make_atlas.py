@@ -150,10 +150,21 @@ def training(trained: list[dict[str, Any]]) -> list[str]:
         probe, where = found["probe"], " (on images)" if found is trained[1] else ""
         lines.append(
             f"- {found['model']} on {found['data']}{where}: {found['steps']} steps, {len(found['seeds'])} seeds; the "
-            f"linear probe has {probe['loss']:.3f} and {probe['accuracy']:.3f}"
+            f"linear probe has {probe['loss']:.3f} and {probe['accuracy']:.3f}{otherwise(found)}"
         )
     unreal = "*random models only*: checked on models with random weights, not trained on real data here."
     return [*lines, f"- {unreal}", ""]
+
+
+def otherwise(found: dict[str, Any]) -> str:
+    """The methods that were trained longer, or not as their name alone says."""
+    groups: dict[int, list[str]] = {}
+    for one in found["methods"].values():
+        groups.setdefault(one.get("steps", found["steps"]), []).append(one.get("recipe", ""))
+    said = [f"; {n} steps: {code(', '.join(r))}" for n, r in groups.items() if n != found["steps"]]
+    spelled = [one["recipe"] for name, one in found["methods"].items() if one.get("recipe", name) != name]
+    others = [recipe for recipe in spelled if not any(recipe in text for text in said)]
+    return "".join([*said, f"; spelled {code(', '.join(others))}" if others else ""])
 
 
 def refusals(capabilities: dict[str, Any], names: list[str]) -> list[str]:

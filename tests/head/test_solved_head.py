@@ -16,7 +16,7 @@ from tunewise.core.run import Run
 from tunewise.head import PooledHead
 from tunewise.head.solve import _features
 
-PROBED = "PooledHead(start='probe')"
+PROBED = "ProbedHead()"
 
 
 def of_head(run: Run) -> Any:
@@ -70,11 +70,9 @@ def test_training_goes_on_from_there(tmp_path: Any) -> None:
 
 
 def test_refusals() -> None:
-    handle = attach(model("bert", "AutoModel"), read_recipe(PROBED.replace(")", ", outputs=2)")))
+    handle = attach(model("bert", "AutoModel"), read_recipe("ProbedHead(outputs=2)"))
     with pytest.raises(UserError, match="solved on the training rows: train with tune"):
         handle.watch(torch.optim.SGD(handle.parameters(), 0.1))
-    with pytest.raises(UserError, match="LatentDecoder is no linear probe"):
-        run_of(model("bert", "AutoModel"), "LatentDecoder(start='probe')")
     with pytest.raises(UserError, match="it takes no delta and no other head"):
         run = run_of(model("bert", "AutoModel"), "LatentDecoder() + FitHead()")
         run.recipe.single("loop").run(run)  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from .instruct import InstructHead
 from .language import LMHead
 from .layers import LayersHead
 from .pooled import PooledHead, pool
+from .probed import ProbedHead
 
 __all__ = [
     "AUTO",
@@ -24,5 +25,6 @@ __all__ = [
     "LMHead",
     "LayersHead",
     "PooledHead",
+    "ProbedHead",
     "pool",
 ]

@@ -11,7 +11,6 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from tunewise.core.delta import P
-from tunewise.core.errors import UserError
 from tunewise.sites import Site
 
 from .base import hidden_size
@@ -34,11 +33,6 @@ class LatentDecoder(PooledHead):
 
     pooling: Literal["mean", "first", "last", "none"] = "mean"  # type: ignore[assignment]
     ratio: PositiveFloat = 1.0
-
-    def setup(self, task: Any, tokenizer: Any, model: nn.Module) -> None:
-        if self.start != "zero":
-            raise UserError("LatentDecoder is no linear probe: leave start out, or use PooledHead.")
-        super().setup(task, tokenizer, model)
 
     def _width(self, site: Site) -> tuple[int, int]:
         width = hidden_size(site.module, "LatentDecoder")

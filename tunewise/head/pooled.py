@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +13,22 @@ from tunewise.core.errors import UserError
 from tunewise.sites import Site
 
 from .base import Head, hidden_size, label_names, sequence_mask
-from .solve import solve
-
-if TYPE_CHECKING:
-    from tunewise.core.run import Run
 
 __all__ = ["PooledHead", "pool"]
 
 
 class PooledHead(Head):
-    """logits = W pool(h) + b in float32, W `[classes, hidden]`, b `[classes]`.
+    """logits = W pool(h) + b in float32, with W `[classes, hidden]` and b `[classes]` zero at the start.
 
     pooling  "mean" of the real tokens, the "first" of them (BERT's [CLS]) or the "last" one (decoders)
     outputs  number of classes; learnt from the task
-    start    "zero": W = 0, b = 0, so that the backbone gets no gradient in the first step; "probe": W and b of the
-             linear probe, solved exactly on the training rows when training begins, with all deltas as they start
-             (LP-FT, arXiv 2202.10054). A first step from there does not tear good features apart.
-    Padding may be on either side. Raises `UserError` for encoder-decoder models, and for start="probe" in a loop
-    that was given no rows.
+    Padding may be on either side. With W = 0 the backbone gets no gradient in the first step (`ProbedHead` starts
+    elsewhere). Raises `UserError` for encoder-decoder models.
     """
 
     auto: ClassVar[str] = "base"
     pooling: Literal["mean", "first", "last"] = "mean"
     outputs: int | None = None
-    start: Literal["zero", "probe"] = "zero"
-
-    def prepare(self, run: Run) -> None:
-        if self.start == "zero":
-            return
-        if run.task is None or "train" not in run.streams.data:
-            raise UserError('PooledHead(start="probe") is solved on the training rows: train with tune.')
-        solve(run, self, next(t for _, _, t in run.handle.sites if t.part is self))
 
     def setup(self, task: Any, tokenizer: Any, model: nn.Module) -> None:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -15,7 +15,7 @@ __all__ = ["FitHead"]
 
 class FitHead(Part):
     """Logistic regression (ridge for numbers) on pooled features h_i of the frozen backbone, one pass over
-    the rows (`tunewise.head.solve`). To train on from there: `PooledHead(start="probe")`.
+    the rows (`tunewise.head.solve`). To train on from there: `ProbedHead`.
 
     Raises `UserError` when anything but a PooledHead is to be trained.
     """
@@ -29,7 +29,7 @@ class FitHead(Part):
         if len(heads) != 1 or run.recipe["delta"]:
             raise UserError(
                 "FitHead solves a PooledHead on a frozen backbone: it takes no delta and no other head. "
-                'To train on from the solution: PooledHead(start="probe").'
+                "To train on from the solution: ProbedHead()."
             )
         ((head, t),) = heads
         run.metrics["C"] = solve(run, head, t, self.candidates)
